@@ -1,0 +1,1 @@
+"""Asks: the Python client, the remote handle and the command line."""

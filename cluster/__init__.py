@@ -1,0 +1,1 @@
+"""Decides: checkpoint → plan → placement → registry → gateway."""

