@@ -1,1 +1,105 @@
-class AutoModelForCausalLM: ...
+"""`AutoModelForCausalLM`, as transformers spells it, for models that live in a cluster."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .connection import connect_or_start
+from .handle import RemoteModel
+from .values import LoadEvent, LoadWarning
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BitsAndBytesConfig, PreTrainedConfig
+
+
+class AutoModelForCausalLM:
+    """Loads a checkpoint into a cluster with `from_pretrained`, which returns the handle for it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise OSError(
+            "AutoModelForCausalLM is designed to be instantiated using the "
+            "`AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path)` method."
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: PreTrainedConfig | Mapping[str, Any] | None = None,
+        quantization_config: BitsAndBytesConfig | Mapping[str, Any] | None = None,
+        device_map: str | int | torch.device | Mapping[str, str | int | torch.device] | None = "auto",
+        max_memory: Mapping[str | int, str | int] | None = None,
+        num_stages: int | None = None,
+        dtype: str | torch.dtype | None = "auto",
+        revision: str = "main",
+        subfolder: str = "",
+        variant: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        trust_remote_code: bool = False,
+        attn_implementation: str | None = None,
+        adapter_kwargs: Mapping[str, Any] | None = None,
+        name: str | None = None,
+        address: str | None = None,
+        progress: bool | None = None,
+        **kwargs: Any,
+    ) -> RemoteModel:
+        """Loads a checkpoint into the cluster and returns its handle once every stage is resident.
+
+        Args:
+            pretrained_model_name_or_path: "org/name", a local folder, "s3://bucket/prefix", or an adapter's.
+            config: a config in place of the checkpoint's own.
+            quantization_config: a BitsAndBytesConfig, or a dict of its fields.
+            device_map: "auto", "balanced", "balanced_low_0", "sequential", "cpu", or a dict from module to device.
+            max_memory: from device to bytes, or to a text such as "20GiB".
+            num_stages: how many stages; by default as many as the plan needs.
+            dtype: a torch dtype, its name, or "auto" for the checkpoint's. `torch_dtype` is its older name.
+            token: Hub token. By default this environment's, for a gateway on this machine alone; False for none.
+            name: the model's name in the registry; by default derived from the path.
+            address: the gateway; else $SHARDLIFT_ADDRESS, else the local instance, which is started if need be.
+            progress: whether to show progress on stderr; by default where it is a terminal.
+            kwargs: attributes of the config to override.
+
+        Raises:
+            ShardliftError: one of its subclasses says what was wrong and what to do about it.
+        """
+        client = connect_or_start(address)
+        arguments = {
+            "name": name,
+            "token": token,
+            "config": config,
+            "quantization_config": quantization_config,
+            "device_map": device_map,
+            "max_memory": max_memory,
+            "num_stages": num_stages,
+            "dtype": dtype,
+            "revision": revision,
+            "subfolder": subfolder,
+            "variant": variant,
+            "cache_dir": cache_dir,
+            "trust_remote_code": trust_remote_code,
+            "attn_implementation": attn_implementation,
+            "adapter_kwargs": adapter_kwargs,
+            **kwargs,
+        }
+        try:
+            if not (sys.stderr.isatty() if progress is None else progress):
+                return client.load(pretrained_model_name_or_path, on_event=_warn, **arguments)
+            from .render import LoadProgress
+
+            with LoadProgress() as display:
+                return client.load(pretrained_model_name_or_path, on_event=display.show, **arguments)
+        except BaseException:
+            client.close()
+            raise
+
+
+def _warn(event: LoadEvent) -> None:
+    if isinstance(event, LoadWarning):
+        warnings.warn(event.message, UserWarning, stacklevel=4)

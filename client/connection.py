@@ -1,2 +1,143 @@
-class Client: ...
-def connect(*a, **k): ...
+"""`connect`, and the client that it returns: everything that a gateway can be asked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from ..proto.v1 import registry_pb2
+from ..proto.v1.errors import InternalError, LoadCancelledError
+from . import gateway, options
+from .channel import CONNECT_TIMEOUT_S
+from .gateway import Gateway
+from .handle import RemoteModel
+from .hub_token import hub_token
+from .values import LoadEvent, ModelInfo, Plan, load_event
+
+# Planning reads every header of the checkpoint, from wherever it is.
+_PLAN_TIMEOUT_S = 600.0
+
+_SOURCE = ("revision", "subfolder", "variant", "cache_dir", "trust_remote_code")
+
+
+class Client:
+    """A connection to one gateway, made by `connect`. A context manager; thread-safe."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Client({self.address!r})"
+
+    @property
+    def address(self) -> str:
+        """The gateway's "host:port"."""
+        return self._gateway.address
+
+    def close(self) -> None:
+        """Ends the connection. Handles that came from this client are closed with it."""
+        self._gateway.close()
+
+    def models(self) -> list[RemoteModel]:
+        """The handle for every model in the registry, loading ones too."""
+        return [RemoteModel(self._gateway, info.name, info) for info in self.infos()]
+
+    def infos(self) -> list[ModelInfo]:
+        """What the registry knows of every model."""
+        answer = self._gateway.ask("ListModels", registry_pb2.ListModelsRequest())
+        return [ModelInfo.from_proto(info) for info in answer.models]
+
+    def model(self, name: str) -> RemoteModel:
+        """The handle for the model called `name`. Raises ModelNotFoundError."""
+        model = RemoteModel(self._gateway, name)
+        model.info()
+        return model
+
+    def unload(self, name: str) -> None:
+        """Takes the model called `name` out of the cluster; a load that still runs is cancelled."""
+        RemoteModel(self._gateway, name).unload()
+
+    def plan(self, path: str | os.PathLike[str], *, token: str | bool | None = None, **arguments: Any) -> Plan:
+        """Which layers would go where, and how many bytes that takes. Moves nothing.
+
+        Takes the arguments of `from_pretrained`. Raises CheckpointError, or OutOfMemoryError when it doesn't fit.
+        """
+        request = registry_pb2.PlanModelRequest()
+        self._describe(request, path, token, arguments)
+        return Plan.from_proto(self._gateway.ask("PlanModel", request, timeout_s=_PLAN_TIMEOUT_S).plan)
+
+    def load(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        token: str | bool | None = None,
+        on_event: Callable[[LoadEvent], None] | None = None,
+        **arguments: Any,
+    ) -> RemoteModel:
+        """Loads a model and returns its handle once it is resident.
+
+        Takes the arguments of `from_pretrained`. `on_event` is told what happens: LoadStarted, Plan, StagePlaced,
+        StageProgress, LoadWarning, and in the end ModelInfo. Ctrl-C, or an exception of `on_event`, cancels the load.
+        """
+        request = registry_pb2.LoadModelRequest(name=name or "")
+        self._describe(request, path, token, arguments)
+        call = self._gateway.registry_stream("LoadModel", request)
+        ready: ModelInfo | None = None
+        try:
+            while (response := self._next(call)) is not None:
+                event = load_event(response)
+                if isinstance(event, ModelInfo):
+                    ready = event
+                if event is not None and on_event is not None:
+                    on_event(event)
+        finally:
+            call.cancel()
+        if ready is None:
+            raise InternalError("the gateway's report of the load stopped before its end")
+        return RemoteModel(self._gateway, ready.name, ready)
+
+    def _describe(
+        self,
+        request: registry_pb2.PlanModelRequest | registry_pb2.LoadModelRequest,
+        path: str | os.PathLike[str],
+        token: str | bool | None,
+        arguments: dict[str, Any],
+    ) -> None:
+        where = {name: arguments.pop(name) for name in _SOURCE if name in arguments}
+        request.options.CopyFrom(options.load_options(**arguments))
+        request.source.CopyFrom(options.source(path, token=hub_token(token, self.address), **where))
+
+    def _next(self, call: Any) -> registry_pb2.LoadModelResponse | None:
+        with self._gateway.errors():
+            try:
+                return next(call)
+            except StopIteration:
+                return None
+            except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.CANCELLED:
+                    raise LoadCancelledError("the load was cancelled") from None
+                raise
+
+
+def connect(address: str | None = None, token: str | None = None, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Client:
+    """A client of the gateway at `address` ("host:port"), else at $SHARDLIFT_ADDRESS, else of the local instance.
+
+    `token` defaults to $SHARDLIFT_TOKEN, and for the local instance to the one it was started with. Raises
+    GatewayUnavailableError when nobody answers within `timeout_s` seconds.
+    """
+    return Client(gateway.resolve(address, token, start=False, timeout_s=timeout_s))
+
+
+def connect_or_start(address: str | None = None, token: str | None = None) -> Client:
+    """As `connect`, but where no gateway is named and none runs here, starts the local instance."""
+    return Client(gateway.resolve(address, token, start=True, timeout_s=CONNECT_TIMEOUT_S))

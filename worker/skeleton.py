@@ -8,10 +8,12 @@ the canary for versions after.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
@@ -26,11 +28,29 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.monkey_patching import patch_output_recorders
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils.generic import ContextManagers
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from ..proto.v1.errors import InvalidRequestError, TensorMismatchError, UnsupportedModelError, one_line
 from .anatomy import Anatomy, Cut, Place, anatomy_of, place_of
+from .tensors import dtype_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterInfo:
+    """A parameter or buffer of the model as it will be resident.
+
+    quantized: "4bit", "8bit" or "". checkpoint_shape: the shape that its tensor has in a file, which differs where
+    transformers transposes (GPT-2's Conv1D). dtype: a torch dtype's name; that of the weight before it is quantized.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    checkpoint_shape: tuple[int, ...]
+    dtype: str
+    quantized: str
 
 
 @dataclass
@@ -56,6 +76,52 @@ class Skeleton:
         """Name of each tied parameter -> name of the one that it shares."""
         return dict(self.model.all_tied_weights_keys)
 
+    def parameters(self) -> Iterator[ParameterInfo]:
+        """Every parameter and buffer, tied ones once."""
+        plan = self.model._get_dtype_plan(self.dtype)
+        tied = self.tied_weights
+        for name, parameter in self.model.named_parameters():
+            if name in tied:
+                continue
+            module = self.model.get_submodule(name.rpartition(".")[0])
+            quantized = _quantized(module) if name.endswith(".weight") else ""
+            shape = tuple(parameter.shape)
+            transposed = quantized and issubclass(module.source_cls, Conv1D)
+            dtype = next((kept for pattern, kept in plan.items() if _matches(pattern, name)), parameter.dtype)
+            yield ParameterInfo(
+                name=name,
+                shape=shape,
+                checkpoint_shape=shape[::-1] if transposed else shape,
+                dtype=dtype_name(dtype),
+                quantized=quantized,
+            )
+        for name, buffer in self.model.named_buffers():
+            yield ParameterInfo(
+                name=name,
+                shape=tuple(buffer.shape),
+                checkpoint_shape=tuple(buffer.shape),
+                dtype=dtype_name(buffer.dtype),
+                quantized="",
+            )
+
+    def module_names(self) -> list[str]:
+        """The modules that a device map names: the base model's children, each layer, and the head."""
+        anatomy = self.anatomy
+        names = []
+        for name, _ in self.base.named_children():
+            if name == anatomy.layers:
+                names += [f"{anatomy.base}.{name}.{index}" for index in range(self.num_layers)]
+            else:
+                names.append(f"{anatomy.base}.{name}")
+        return [*names, anatomy.head]
+
+    def kv_elements_per_token(self) -> list[int]:
+        """Elements of keys and values that each layer keeps for one token of one row."""
+        config = self.model.config.get_text_config(decoder=True)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return [2 * heads * head_dim] * self.num_layers
+
     @property
     def head_is_tied(self) -> bool:
         embedding = f"{self.anatomy.base}.{self.anatomy.embedding}."
@@ -63,7 +129,7 @@ class Skeleton:
 
 
 def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
-    """A checkpoint's `config.json` as transformers' config object. Raises UnsupportedModelError, InvalidRequestError."""
+    """A `config.json` as transformers' config object. Raises UnsupportedModelError, InvalidRequestError."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         architectures = config.get("architectures")
@@ -166,6 +232,38 @@ class KeyMap:
 
     def __contains__(self, name: str) -> bool:
         return name in self._meta
+
+
+def unmatched_keys(skeleton: Skeleton, matched: set[str], unexpected: set[str]) -> tuple[set[str], set[str]]:
+    """Parameters and kept buffers that no tensor is for, and `unexpected` tensors less those that may be ignored.
+
+    transformers knows which tensors an old checkpoint may have too many, and which buffers it may lack. A parameter
+    may never be missing: it would be left random.
+    """
+    missing = set(skeleton.model.state_dict()) - matched - set(skeleton.tied_weights)
+    info = LoadStateDictInfo(
+        missing_keys=set(missing),
+        unexpected_keys=set(unexpected),
+        mismatched_keys=set(),
+        conversion_errors={},
+        error_msgs=[],
+        **({"skipped_pp_keys": set()} if "skipped_pp_keys" in LoadStateDictInfo.__annotations__ else {}),
+    )
+    skeleton.model._adjust_missing_and_unexpected_keys(info)
+    parameters = {name for name, _ in skeleton.model.named_parameters()}
+    return info.missing_keys | (missing & parameters), info.unexpected_keys
+
+
+def _quantized(module: nn.Module) -> str:
+    if isinstance(module, bnb.nn.Linear4bit):
+        return "4bit"
+    # has_fp16_weights keeps the weight as it is, and quantizes at each forward.
+    return "8bit" if isinstance(module, bnb.nn.Linear8bitLt) and not module.state.has_fp16_weights else ""
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Whether a dtype plan's pattern names this parameter, as transformers' glob does: by whole dotted parts."""
+    return re.search(rf"(^|\.){re.escape(pattern).replace(chr(92) + '*', '[^.]*')}(\.|$)", name) is not None
 
 
 def loading_order(keys: list[str], key_map: KeyMap) -> list[str]:
@@ -272,6 +370,16 @@ def load_weights(skeleton: Skeleton, tensors: Mapping[str, LazyTensor], device: 
         if quantizer is not None:
             model.hf_quantizer = quantizer
             quantizer.postprocess_model(model)
+    for name, module in model.named_modules():
+        # The loader doesn't compare a quantized weight's shape.
+        if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
+            state = getattr(module.weight, "quant_state", None)
+            found = tuple(module.weight.shape if state is None else state.shape)
+            if found != (module.out_features, module.in_features):
+                raise TensorMismatchError(
+                    f"tensor for {name}.weight has shape {list(found)}, the model needs "
+                    f"{[module.out_features, module.in_features]}"
+                )
     for name, tensor in list(model.named_parameters()) + list(model.named_buffers()):
         if tensor.is_meta:
             raise TensorMismatchError(f"{name} was left without data by the loader")

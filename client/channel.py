@@ -1,0 +1,148 @@
+"""The channel to a gateway: its address, its credentials, and the token that goes with every call."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from ..proto.v1.errors import AuthenticationError, GatewayUnavailableError, InvalidRequestError
+from ..proto.v1.wire import CHANNEL_OPTIONS
+
+DEFAULT_PORT = 50051
+CONNECT_TIMEOUT_S = 3.0
+
+# A peer that vanished without a word is noticed by a ping. gRPC servers by default refuse pings that come more often
+# than every five minutes, so this stays above that.
+_KEEPALIVE_MS = 330_000
+# A restarted gateway is found again within seconds, not after gRPC's own two minutes.
+_RECONNECT_MS = (200, 5_000)
+
+
+def normalize(address: str) -> str:
+    """`address` as "host:port", with the default port where it names none. Raises InvalidRequestError."""
+    text = address.strip()
+    if text.startswith("unix:"):
+        return text
+    if not text or "://" in text or "/" in text or any(character.isspace() for character in text):
+        raise InvalidRequestError(f"gateway address {address!r} is not of the form host:port")
+    if text.startswith("["):
+        host, bracket, rest = text.partition("]")
+        host, port = host + bracket, rest.removeprefix(":")
+    elif text.count(":") > 1:  # a bare IPv6 address
+        host, port = f"[{text}]", ""
+    else:
+        host, _, port = text.partition(":")
+    port = port or str(DEFAULT_PORT)
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise InvalidRequestError(f"gateway address {address!r} is not of the form host:port")
+    return f"{host}:{port}"
+
+
+def is_loopback(address: str) -> bool:
+    """Whether what is sent to `address` (as `normalize` gives it) stays on this machine."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def open_channel(address: str, token: str | None) -> grpc.Channel:
+    """A channel to `address` that sends `token` with every call. Connects when first used."""
+    options: list[tuple[str, int]] = [
+        *CHANNEL_OPTIONS,
+        ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+        ("grpc.initial_reconnect_backoff_ms", _RECONNECT_MS[0]),
+        ("grpc.max_reconnect_backoff_ms", _RECONNECT_MS[1]),
+    ]
+    if is_loopback(address):
+        options.append(("grpc.enable_http_proxy", 0))
+    channel = _secured(address, options)
+    return channel if token is None else grpc.intercept_channel(channel, _Bearer(token))
+
+
+def _secured(address: str, options: list[tuple[str, int]]) -> grpc.Channel:
+    # The one place where credentials are made: TLS goes here.
+    return grpc.insecure_channel(address, options=options)
+
+
+def answers(channel: grpc.Channel, timeout_s: float, *, wait: bool) -> bool:
+    """Whether somebody answers on `channel`: at once, or (`wait`) within `timeout_s`.
+
+    Whatever is said to the question after health, even a refusal, is an answer.
+    """
+    # Not grpc.channel_ready_future: its polling thread outlives the future, and trips over a channel closed meanwhile.
+    try:
+        health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=wait
+        )
+    except grpc.RpcError as error:
+        silent = {grpc.StatusCode.UNAVAILABLE} | ({grpc.StatusCode.DEADLINE_EXCEEDED} if wait else set())
+        return error.code() not in silent
+    return True
+
+
+def wait_ready(channel: grpc.Channel, address: str, timeout_s: float) -> None:
+    """Returns once somebody answers on `channel`. Raises GatewayUnavailableError after `timeout_s`."""
+    if not answers(channel, timeout_s, wait=True):
+        raise GatewayUnavailableError(
+            f"no gateway answers at {address} (waited {timeout_s:g} s): start one with `shardlift up`, "
+            "or set SHARDLIFT_ADDRESS"
+        )
+
+
+class _CallDetails(NamedTuple):
+    method: str
+    timeout: float | None
+    metadata: list[tuple[str, str]]
+    credentials: grpc.CallCredentials | None
+    wait_for_ready: bool | None
+    compression: Any
+
+
+class _Bearer(
+    grpc.UnaryUnaryClientInterceptor,
+    grpc.UnaryStreamClientInterceptor,
+    grpc.StreamUnaryClientInterceptor,
+    grpc.StreamStreamClientInterceptor,
+):
+    """Adds the token to each call. (gRPC's own call credentials need an encrypted channel.)"""
+
+    def __init__(self, token: str) -> None:
+        if not token.isascii() or not token.isprintable():
+            raise AuthenticationError("the gateway token has characters that a header can't carry: read it again")
+        self._metadata = ("authorization", f"Bearer {token}")
+
+    def _signed(self, details: Any) -> _CallDetails:
+        return _CallDetails(
+            method=details.method,
+            timeout=details.timeout,
+            metadata=[*(details.metadata or ()), self._metadata],
+            credentials=details.credentials,
+            wait_for_ready=details.wait_for_ready,
+            compression=details.compression,
+        )
+
+    def intercept_unary_unary(self, continuation: Callable[..., Any], client_call_details: Any, request: Any) -> Any:
+        return continuation(self._signed(client_call_details), request)
+
+    def intercept_unary_stream(self, continuation: Callable[..., Any], client_call_details: Any, request: Any) -> Any:
+        return continuation(self._signed(client_call_details), request)
+
+    def intercept_stream_unary(
+        self, continuation: Callable[..., Any], client_call_details: Any, request_iterator: Iterator[Any]
+    ) -> Any:
+        return continuation(self._signed(client_call_details), request_iterator)
+
+    def intercept_stream_stream(
+        self, continuation: Callable[..., Any], client_call_details: Any, request_iterator: Iterator[Any]
+    ) -> Any:
+        return continuation(self._signed(client_call_details), request_iterator)

@@ -1,0 +1,43 @@
+"""`shardlift up` and `shardlift down`: the local instance."""
+
+from __future__ import annotations
+
+import click
+
+from .. import instance
+from .common import as_json, print_json
+
+
+@click.command()
+@click.option("--host", help="Address to listen on. [default: 127.0.0.1]")
+@click.option("--port", type=click.IntRange(1, 65535), help="[default: 50051]")
+@click.option("--ray-address", help="A Ray cluster to join, in place of a local one of its own.")
+@click.option("--num-cpus", type=click.IntRange(min=1), help="CPUs for the local Ray.")
+@click.option("--num-gpus", type=click.IntRange(min=0), help="GPUs for the local Ray.")
+@as_json
+def up(
+    host: str | None,
+    port: int | None,
+    ray_address: str | None,
+    num_cpus: int | None,
+    num_gpus: int | None,
+    json_: bool,
+) -> None:
+    """Starts a gateway, on this machine or on a Ray cluster, and prints its address."""
+    running = instance.start(host=host, port=port, ray_address=ray_address, num_cpus=num_cpus, num_gpus=num_gpus)
+    if json_:
+        values = {"address": running.address, "pid": running.pid}
+        print_json({**values, "ray_address": running.ray_address, "token_file": running.token_file})
+    else:
+        click.echo(running.address)
+
+
+@click.command()
+@as_json
+def down(json_: bool) -> None:
+    """Stops the local instance, and every model on it."""
+    stopped = instance.stop()
+    if json_:
+        print_json({"stopped": stopped is not None, "address": None if stopped is None else stopped.address})
+    else:
+        click.echo("no local instance is recorded" if stopped is None else f"stopped {stopped.address}")

@@ -1,0 +1,61 @@
+"""The `shardlift` command: its subcommands, and how failures end it.
+
+Exit codes: 0 success, 1 a failure (one line on stderr), 2 a wrong command line, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import IO, Any
+
+import click
+
+from ... import __version__
+from ...proto.v1.errors import ShardliftError, one_line
+from .chat import chat
+from .generate import generate
+from .instance import down, up
+from .load import load
+from .models import list_models, show, unload
+from .plan import plan
+
+INTERRUPTED = 130
+
+
+class _Failure(click.ClickException):
+    """A failure as one line on stderr."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"error: {self.message}", file=file or sys.stderr)
+
+
+class _Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ShardliftError, TimeoutError) as error:
+            raise _Failure(one_line(error)) from None
+        except (KeyboardInterrupt, click.Abort):
+            raise click.exceptions.Exit(INTERRUPTED) from None
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="shardlift")
+def cli() -> None:
+    """Loads models into a cluster, shows where they are, and talks to them."""
+
+
+for command in (up, down, plan, load, list_models, show, generate, chat, unload):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """The entry point of the `shardlift` command."""
+    try:
+        cli(prog_name="shardlift")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

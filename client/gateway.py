@@ -1,0 +1,116 @@
+"""One gateway as the client sees it: where it is, its services, and its failures as shardlift's exceptions."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+
+from ..proto.v1 import inference_pb2_grpc, registry_pb2_grpc, status
+from ..proto.v1.errors import GatewayUnavailableError, InvalidRequestError
+from . import channel, instance
+
+# For answers that come from the registry's memory, in seconds.
+CALL_TIMEOUT_S = 60.0
+
+
+class Gateway:
+    """A connection to the gateway at `address` ("host:port"), made when first used.
+
+    Thread-safe. A pickle of it holds the address alone: the token is read again from the environment where it is
+    unpickled.
+    """
+
+    def __init__(self, address: str, token: str | None, timeout_s: float = channel.CONNECT_TIMEOUT_S) -> None:
+        self.address = channel.normalize(address)
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._connected = False
+        self._closed = False
+        self._channel = channel.open_channel(self.address, token)
+        self._registry = registry_pb2_grpc.ModelRegistryServiceStub(self._channel)
+        self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
+
+    def __reduce__(self) -> tuple[Callable[[str], Gateway], tuple[str]]:
+        return reopen, (self.address,)
+
+    def connect(self) -> None:
+        """Returns once somebody answers. Raises GatewayUnavailableError after a few seconds."""
+        with self._lock:
+            if self._closed:
+                raise InvalidRequestError("this client is closed: connect again")
+            if not self._connected:
+                channel.wait_ready(self._channel, self.address, self._timeout_s)
+                self._connected = True
+
+    def close(self) -> None:
+        """Ends the connection and whatever runs over it. Calling it again does nothing."""
+        with self._lock:
+            self._closed = True
+            self._channel.close()
+
+    def ask(self, method: str, request: Any, timeout_s: float | None = CALL_TIMEOUT_S) -> Any:
+        """The registry's answer to `request`. Raises what the gateway raised."""
+        self.connect()
+        with self.errors():
+            return getattr(self._registry, method)(request, timeout=timeout_s)
+
+    def registry_stream(self, method: str, request: Any) -> Any:
+        """The call of a streaming method of ModelRegistryService; read it inside `errors()`."""
+        self.connect()
+        return getattr(self._registry, method)(request)
+
+    def inference_stream(self, method: str, request: Any) -> Any:
+        """The call of a streaming method of InferenceService; read it inside `errors()`."""
+        self.connect()
+        return getattr(self._inference, method)(request)
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Raises gRPC's errors as shardlift's."""
+        try:
+            yield
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                self._connected = False  # it may be on its way up again: the next call waits for it
+            raise status.from_rpc_error(error, self.address) from None
+
+
+def resolve(address: str | None, token: str | None, *, start: bool, timeout_s: float) -> Gateway:
+    """The gateway at `address`, else at $SHARDLIFT_ADDRESS, else the local instance's, which `start` may start.
+
+    Raises GatewayUnavailableError when there is none, or none answers.
+    """
+    target = address or os.environ.get("SHARDLIFT_ADDRESS")
+    if not target:
+        local = instance.find_or_start() if start else instance.find()
+        if local is None:
+            raise GatewayUnavailableError(
+                "no gateway is known: pass address=, set SHARDLIFT_ADDRESS, or start one with `shardlift up`"
+            )
+        target = local.address
+        token = token or os.environ.get("SHARDLIFT_TOKEN") or local.token
+    target = channel.normalize(target)
+    gateway = Gateway(target, token or _token_for(target), timeout_s)
+    try:
+        gateway.connect()
+    except BaseException:
+        gateway.close()
+        raise
+    return gateway
+
+
+def reopen(address: str) -> Gateway:
+    """The gateway at `address`, with the token that this process finds for it."""
+    return Gateway(address, _token_for(address))
+
+
+def _token_for(address: str) -> str | None:
+    if token := os.environ.get("SHARDLIFT_TOKEN"):
+        return token
+    local = instance.recorded()
+    return local.token if local is not None and local.address == address else None

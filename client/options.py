@@ -1,0 +1,214 @@
+"""The arguments of `from_pretrained` as the messages that carry them.
+
+Nothing is looked up here: what a path, a device or a quantization means, the gateway says.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from ..proto.v1 import registry_pb2
+from ..proto.v1.errors import InvalidDeviceMapError, InvalidRequestError
+from .jsonable import jsonable, to_struct
+
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "cpu")
+
+# Arguments of transformers' from_pretrained that mean nothing here: nothing is kept by, or offloaded on, the caller.
+_MEANINGLESS = frozenset(
+    {
+        "low_cpu_mem_usage",
+        "force_download",
+        "resume_download",
+        "offload_folder",
+        "offload_buffers",
+        "offload_state_dict",
+        "disable_mmap",
+        "weights_only",
+        "_from_auto",
+        "_commit_hash",
+    }
+)
+# … and those that would change the outcome, and are refused where they ask for something.
+_UNSUPPORTED = frozenset(
+    {
+        "proxies",
+        "local_files_only",
+        "output_loading_info",
+        "ignore_mismatched_sizes",
+        "state_dict",
+        "gguf_file",
+        "tp_plan",
+        "tp_size",
+        "device_mesh",
+        "distributed_config",
+        "key_mapping",
+        "generation_config",
+        "code_revision",
+        "use_kernels",
+    }
+)
+
+
+def source(
+    path: str | os.PathLike[str],
+    *,
+    revision: str | None = "main",
+    subfolder: str = "",
+    variant: str | None = None,
+    token: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool | None = False,
+) -> registry_pb2.ModelSource:
+    """Where the checkpoint is. A local folder becomes absolute; `token` is the Hub token to send, if any."""
+    text = os.fspath(path)
+    if not text:
+        raise InvalidRequestError("the model's path is empty: a repository, folder or URL is needed")
+    return registry_pb2.ModelSource(
+        path=os.path.abspath(text) if os.path.isdir(text) else text,
+        revision=revision or "main",
+        subfolder=subfolder or "",
+        variant=variant or "",
+        token=token or "",
+        hub_endpoint=os.environ.get("HF_ENDPOINT", ""),
+        cache_dir=os.path.abspath(os.fspath(cache_dir)) if cache_dir else "",
+        trust_remote_code=bool(trust_remote_code),
+    )
+
+
+def load_options(
+    *,
+    config: Any = None,
+    quantization_config: Any = None,
+    device_map: Any = "auto",
+    max_memory: Mapping[Any, Any] | None = None,
+    num_stages: int | None = None,
+    dtype: Any = "auto",
+    attn_implementation: str | None = None,
+    adapter_kwargs: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> registry_pb2.LoadOptions:
+    """How to load. `kwargs` are what transformers still takes by older names, and attributes of the config.
+
+    Raises InvalidRequestError for what can't be meant or sent.
+    """
+    if adapter_kwargs:
+        raise InvalidRequestError("adapter_kwargs can't be sent to the gateway: name the adapter by its path alone")
+    if (old_dtype := kwargs.pop("torch_dtype", None)) is not None:
+        warnings.warn("`torch_dtype` is deprecated: use `dtype`", FutureWarning, stacklevel=_outside())
+        dtype = old_dtype if dtype in ("auto", None) else dtype
+    options = registry_pb2.LoadOptions(
+        dtype=_dtype(dtype),
+        attn_implementation=attn_implementation or "",
+        num_stages=_count(num_stages, "num_stages"),
+        max_memory=_max_memory(max_memory),
+    )
+    quantization = _quantization(quantization_config, kwargs)
+    if quantization is not None:
+        options.quantization_config.CopyFrom(to_struct(quantization, "quantization_config"))
+    if isinstance(device_map, str) and device_map in DEVICE_MAPS:
+        options.device_map = device_map
+    elif device_map is not None:
+        options.device_map_by_module.update(_device_map(device_map))
+    if config is not None:
+        options.config.CopyFrom(to_struct(_config(config), "config"))
+    overrides = _overrides(kwargs)
+    if overrides:
+        options.config_overrides.CopyFrom(to_struct(overrides, "config override"))
+    return options
+
+
+def _dtype(dtype: Any) -> str:
+    if dtype is None:
+        return ""
+    name = jsonable(dtype, "dtype")
+    if not isinstance(name, str):
+        raise InvalidRequestError(f"dtype is {dtype!r}: a torch dtype, its name or 'auto' is needed")
+    return name.removeprefix("torch.")
+
+
+def _count(value: int | None, name: str) -> int:
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
+        raise InvalidRequestError(f"{name} is {value!r}: a whole number above 0 is needed")
+    return value
+
+
+def _max_memory(limits: Mapping[Any, Any] | None) -> dict[str, str]:
+    if limits is None:
+        return {}
+    if not isinstance(limits, Mapping):
+        raise InvalidDeviceMapError(f"max_memory is {limits!r}: a dict from device to bytes or '20GiB' is needed")
+    for device, limit in limits.items():
+        if isinstance(limit, bool) or not isinstance(limit, (int, str)):
+            raise InvalidDeviceMapError(f"max_memory[{device!r}] is {limit!r}: bytes or a text like '20GiB' is needed")
+    return {str(device): str(limit) for device, limit in limits.items()}
+
+
+def _device_map(device_map: Any) -> dict[str, str]:
+    if isinstance(device_map, Mapping):
+        return {str(module): _device(device) for module, device in device_map.items()}
+    return {"": _device(device_map)}  # the whole model on one device, as transformers takes it
+
+
+def _device(device: Any) -> str:
+    torch = sys.modules.get("torch")
+    if isinstance(device, bool) or not (
+        isinstance(device, (int, str)) or (torch is not None and isinstance(device, torch.device))
+    ):
+        raise InvalidDeviceMapError(f"device {device!r} is neither a number nor a name such as 'cuda:0'")
+    return str(device)
+
+
+def _config(config: Any) -> Mapping[str, Any]:
+    values = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(values, Mapping):
+        raise InvalidRequestError(f"config is a {type(config).__name__}: a PreTrainedConfig or a dict is needed")
+    return values
+
+
+def _quantization(config: Any, kwargs: dict[str, Any]) -> Mapping[str, Any] | None:
+    # As transformers took them before there was a quantization_config, with the bnb_… arguments beside them.
+    loose = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(("bnb_4bit_", "llm_int8_"))}
+    asked = {name: True for name in ("load_in_4bit", "load_in_8bit") if kwargs.pop(name, None)}
+    if asked or loose:
+        if config is not None:
+            raise InvalidRequestError(
+                f"{', '.join([*asked, *loose])} and quantization_config say the same thing: pass the latter alone"
+            )
+        if len(asked) != 1:
+            raise InvalidRequestError("one of load_in_4bit and load_in_8bit is needed, not both or neither")
+        return {"quant_method": "bitsandbytes", **asked, **loose}
+    if config is None:
+        return None
+    values = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(values, Mapping):
+        raise InvalidRequestError(
+            f"quantization_config is a {type(config).__name__}: a BitsAndBytesConfig or a dict is needed"
+        )
+    return values
+
+
+def _overrides(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    overrides = {}
+    for name, value in kwargs.items():
+        if name == "use_safetensors" and value is False:
+            raise InvalidRequestError("use_safetensors=False is not supported: only safetensors are read")
+        if name in _UNSUPPORTED and value is not None and value is not False:
+            raise InvalidRequestError(f"{name} is not supported when loading into a cluster: leave it out")
+        if name not in _MEANINGLESS | _UNSUPPORTED | {"use_safetensors"}:
+            overrides[name] = value
+    return overrides
+
+
+def _outside() -> int:
+    """The `stacklevel` of the first caller outside this package, for warnings."""
+    level, frame = 1, sys._getframe(1)
+    package = __name__.partition(".")[0]
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] == package:
+        level, frame = level + 1, frame.f_back
+    return level

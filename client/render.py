@@ -1,0 +1,209 @@
+"""Plans, loads and models for people: tables on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, TextIO
+
+from .values import LoadEvent, LoadStarted, LoadWarning, ModelInfo, Plan, StagePlaced, StageProgress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+    from rich.table import Table
+
+# Where progress goes to a file, a stage gets a line this often, and one when it is done.
+_LINE_EVERY_S = 1.0
+# A table that no terminal bounds is as wide as it needs to be: scripts read it, too.
+_UNBOUNDED_COLUMNS = 200
+
+
+def size(bytes_: int | None) -> str:
+    """`bytes_` in binary units: "1.50 GiB"."""
+    if bytes_ is None:
+        return "–"
+    value, units = float(bytes_), ["B", "KiB", "MiB", "GiB", "TiB"]
+    unit = units.pop(0)
+    while value >= 1024 and units:
+        value, unit = value / 1024, units.pop(0)
+    return f"{bytes_} B" if unit == "B" else f"{value:.2f} {unit}"
+
+
+def show_plan(plan: Plan) -> None:
+    """Prints the stages of `plan` and its totals."""
+    table = _table(f"{plan.model} ({plan.quantization})")
+    _columns(table, "stage", "node", "device", right=("layers", "resident", "fetch", "KV/token"))
+    for stage in plan.stages:
+        table.add_row(
+            str(stage.index),
+            stage.node,
+            stage.device,
+            f"{stage.first_layer}–{stage.last_layer}",
+            size(stage.resident_bytes),
+            size(stage.fetch_bytes),
+            size(stage.kv_bytes_per_token),
+        )
+    table.add_section()
+    kv_bytes = sum(stage.kv_bytes_per_token for stage in plan.stages)
+    table.add_row("total", "", "", "", size(plan.total_resident_bytes), size(plan.total_fetch_bytes), size(kv_bytes))
+    _print(table)
+
+
+def show_model(info: ModelInfo) -> None:
+    """Prints where a model is, and what was predicted and measured there."""
+    table = _table(f"{info.name}: {info.plan.model} ({info.plan.quantization}), {info.state}")
+    _columns(table, "stage", "node", "device", right=("layers", "predicted", "measured", "difference"))
+    measured = {stage.stage: stage.measured_bytes for stage in info.residency}
+    for stage in info.plan.stages:
+        found = measured.get(stage.index)
+        table.add_row(
+            str(stage.index),
+            stage.node,
+            stage.device,
+            f"{stage.first_layer}–{stage.last_layer}",
+            size(stage.resident_bytes),
+            size(found),
+            "–" if found is None else f"{found - stage.resident_bytes:+d} B",
+        )
+    table.add_section()
+    found = info.measured_bytes
+    predicted = info.plan.total_resident_bytes
+    difference = "–" if found is None else f"{found - predicted:+d} B"
+    table.add_row("total", "", "", "", size(predicted), size(found), difference)
+    _print(table)
+    if info.reason:
+        print(info.reason)
+
+
+def show_models(models: Iterable[ModelInfo]) -> None:
+    """Prints a line for each model."""
+    table = _table(None)
+    _columns(table, "name", "state", "model", "quantization", right=("stages", "bytes"))
+    for info in models:
+        measured = info.measured_bytes
+        table.add_row(
+            info.name,
+            info.state,
+            info.path or info.plan.model,
+            info.plan.quantization,
+            str(len(info.plan.stages)),
+            size(info.plan.total_resident_bytes if measured is None else measured),
+        )
+    _print(table)
+
+
+class LoadProgress:
+    """Shows a load on stderr: a bar per stage on a terminal, else a line per stage now and then."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._bars: Progress | None = None
+        self._tasks: dict[int, TaskID] = {}
+        self._places: dict[int, str] = {}
+        self._last_line_s: dict[int, float] = {}
+        self._done: set[int] = set()
+
+    def __enter__(self) -> LoadProgress:
+        if self._stream.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import TransferSpeedColumn as Speed
+
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(binary_units=True),
+                Speed(),
+                TimeRemainingColumn(),
+                console=Console(file=self._stream),
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def show(self, event: LoadEvent) -> None:
+        """Takes one event of `Client.load`."""
+        match event:
+            case LoadStarted():
+                commit = f" at {event.commit[:12]}" if event.commit else ""
+                self._say(f"loading {event.name}{commit}")
+            case LoadWarning():
+                self._say(f"warning: {event.message}")
+            case Plan():
+                self._places = {stage.index: stage.place for stage in event.stages}
+                count = f"{len(event.stages)} stage{'' if len(event.stages) == 1 else 's'}"
+                self._say(
+                    f"plan: {count}, {size(event.total_fetch_bytes)} to fetch, "
+                    f"{size(event.total_resident_bytes)} resident ({event.quantization})"
+                )
+                if self._bars is not None:
+                    for stage in event.stages:
+                        self._task(stage.index, stage.fetch_bytes)
+            case StagePlaced():
+                self._places[event.stage] = f"{event.node}/{event.device}"
+                if self._bars is not None and event.stage in self._tasks:
+                    self._bars.update(self._tasks[event.stage], description=self._label(event.stage))
+            case StageProgress():
+                self._progress(event)
+            case ModelInfo():
+                self._say(f"{event.name} is ready after {event.load_seconds:.1f} s")
+
+    def _progress(self, event: StageProgress) -> None:
+        if self._bars is not None:
+            task = self._task(event.stage, event.fetch_bytes)
+            self._bars.update(task, completed=event.fetched_bytes, total=event.fetch_bytes)
+            return
+        now = time.monotonic()
+        if event.done:
+            if event.stage in self._done:
+                return
+            self._done.add(event.stage)
+        elif now - self._last_line_s.get(event.stage, -_LINE_EVERY_S) < _LINE_EVERY_S:
+            return
+        self._last_line_s[event.stage] = now
+        what = "resident" if event.done else f"{event.tensors_loaded} of {event.tensors} tensors"
+        self._say(
+            f"{self._label(event.stage)}: {size(event.fetched_bytes)} of {size(event.fetch_bytes)}, {what}"
+            + (f" in {size(event.resident_bytes)}" if event.done else "")
+        )
+
+    def _task(self, stage: int, total_bytes: int) -> TaskID:
+        assert self._bars is not None
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(self._label(stage), total=total_bytes)
+        return self._tasks[stage]
+
+    def _label(self, stage: int) -> str:
+        place = self._places.get(stage)
+        return f"stage {stage} on {place}" if place else f"stage {stage}"
+
+    def _say(self, line: str) -> None:
+        if self._bars is not None:
+            self._bars.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=self._stream, flush=True)
+
+
+def _table(title: str | None) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    return Table(title=None if title is None else Text(title), title_justify="left", box=box.SIMPLE_HEAD)
+
+
+def _columns(table: Table, *left: str, right: tuple[str, ...]) -> None:
+    for name in left:
+        table.add_column(name, overflow="fold")
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    Console(markup=False, width=None if sys.stdout.isatty() else _UNBOUNDED_COLUMNS).print(table)

@@ -1,0 +1,289 @@
+"""What a gateway tells of plans, loads and resident models, as plain values.
+
+Sizes are bytes. `from_proto` reads the wire's form, `to_dict` gives the form that `--json` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..proto.v1 import registry_pb2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """A contiguous run of layers on one device. `first_layer` and `last_layer` are both included."""
+
+    index: int
+    node: str
+    device: str
+    first_layer: int
+    last_layer: int
+    resident_bytes: int
+    fetch_bytes: int
+    kv_bytes_per_token: int
+    capacity_bytes: int = 0  # what the plan may use on the device; 0 when unknown
+    modules: tuple[str, ...] = ()
+
+    @property
+    def place(self) -> str:
+        """Node and device as `hf_device_map` names them."""
+        return f"{self.node}/{self.device}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "index": self.index,
+            "node": self.node,
+            "device": self.device,
+            "layers": [self.first_layer, self.last_layer],
+            "resident_bytes": self.resident_bytes,
+            "fetch_bytes": self.fetch_bytes,
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Which layers go where, and how many bytes that takes."""
+
+    model: str
+    quantization: str
+    total_resident_bytes: int
+    total_fetch_bytes: int
+    stages: tuple[StagePlan, ...]
+    dtype: str = ""
+    commit: str = ""
+
+    @classmethod
+    def from_proto(cls, plan: registry_pb2.Plan) -> Plan:
+        return cls(
+            model=plan.model,
+            quantization=plan.quantization,
+            total_resident_bytes=plan.total_resident_bytes,
+            total_fetch_bytes=plan.total_fetch_bytes,
+            stages=tuple(
+                StagePlan(
+                    index=stage.index,
+                    node=stage.node,
+                    device=stage.device,
+                    first_layer=stage.first_layer,
+                    last_layer=stage.last_layer,
+                    resident_bytes=stage.resident_bytes,
+                    fetch_bytes=stage.fetch_bytes,
+                    kv_bytes_per_token=stage.kv_bytes_per_token,
+                    capacity_bytes=stage.capacity_bytes,
+                    modules=tuple(stage.modules),
+                )
+                for stage in plan.stages
+            ),
+            dtype=plan.dtype,
+            commit=plan.commit,
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """The plan that `to_dict` gave. Raises KeyError, ValueError or TypeError for anything else."""
+        return cls(
+            model=str(values["model"]),
+            quantization=str(values["quantization"]),
+            total_resident_bytes=int(values["total_resident_bytes"]),
+            total_fetch_bytes=int(values["total_fetch_bytes"]),
+            stages=tuple(
+                StagePlan(
+                    index=int(stage["index"]),
+                    node=str(stage["node"]),
+                    device=str(stage["device"]),
+                    first_layer=int(stage["layers"][0]),
+                    last_layer=int(stage["layers"][1]),
+                    resident_bytes=int(stage["resident_bytes"]),
+                    fetch_bytes=int(stage["fetch_bytes"]),
+                    kv_bytes_per_token=int(stage["kv_bytes_per_token"]),
+                )
+                for stage in values["stages"]
+            ),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "quantization": self.quantization,
+            "total_resident_bytes": self.total_resident_bytes,
+            "total_fetch_bytes": self.total_fetch_bytes,
+            "stages": [stage.to_dict() for stage in self.stages],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleResidency:
+    """One module's parameters and buffers as they lie on its device. `dtype` is "bfloat16", "nf4", "int8", …"""
+
+    dtype: str
+    bytes: int
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "bytes": self.bytes, "device": self.device}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageResidency:
+    """What one stage holds, measured on its device. `modules` goes from module name to what it holds."""
+
+    stage: int
+    measured_bytes: int
+    fetched_bytes: int
+    modules: dict[str, ModuleResidency]
+
+    @classmethod
+    def from_proto(cls, residency: registry_pb2.StageResidency) -> StageResidency:
+        return cls(
+            stage=residency.stage,
+            measured_bytes=residency.measured_bytes,
+            fetched_bytes=residency.fetched_bytes,
+            modules={
+                module.module: ModuleResidency(dtype=module.dtype, bytes=module.bytes, device=module.device)
+                for module in residency.modules
+            },
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "measured_bytes": self.measured_bytes,
+            "fetched_bytes": self.fetched_bytes,
+            "modules": {name: module.to_dict() for name, module in self.modules.items()},
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """One model in the registry. `state` is "loading", "ready", "unavailable" or "unloading"."""
+
+    name: str
+    state: str
+    path: str
+    reason: str  # why it is not ready, in one line
+    plan: Plan
+    residency: tuple[StageResidency, ...]  # one per stage; empty until the model is ready
+    config_json: str
+    generation_config_json: str
+    load_seconds: float
+
+    @classmethod
+    def from_proto(cls, info: registry_pb2.ModelInfo) -> ModelInfo:
+        state = registry_pb2.ModelState.Name(info.state) if info.state in registry_pb2.ModelState.values() else ""
+        return cls(
+            name=info.name,
+            state=state.removeprefix("MODEL_STATE_").lower() or "unspecified",
+            path=info.path,
+            reason=info.reason,
+            plan=Plan.from_proto(info.plan),
+            residency=tuple(StageResidency.from_proto(stage) for stage in info.residency),
+            config_json=info.config_json,
+            generation_config_json=info.generation_config_json,
+            load_seconds=info.load_seconds,
+        )
+
+    @property
+    def measured_bytes(self) -> int | None:
+        """What all stages hold together; None until it has been measured."""
+        return sum(stage.measured_bytes for stage in self.residency) if self.residency else None
+
+    def summary(self) -> dict[str, Any]:
+        """A line of `list --json`."""
+        return {
+            "name": self.name,
+            "state": self.state,
+            "path": self.path,
+            "model": self.plan.model,
+            "quantization": self.plan.quantization,
+            "stages": len(self.plan.stages),
+            "total_resident_bytes": self.plan.total_resident_bytes,
+            "measured_bytes": self.measured_bytes,
+            "reason": self.reason,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan's form, with what was measured beside each prediction."""
+        measured = {stage.stage: stage for stage in self.residency}
+        values = {"name": self.name, "state": self.state, "path": self.path, **self.plan.to_dict()}
+        values["stages"] = [
+            {
+                **stage.to_dict(),
+                "measured_bytes": measured[stage.index].measured_bytes if stage.index in measured else None,
+                "fetched_bytes": measured[stage.index].fetched_bytes if stage.index in measured else None,
+                "modules": measured[stage.index].to_dict()["modules"] if stage.index in measured else {},
+            }
+            for stage in self.plan.stages
+        ]
+        values["measured_bytes"] = self.measured_bytes
+        values["load_seconds"] = self.load_seconds
+        values["commit"] = self.plan.commit
+        values["dtype"] = self.plan.dtype
+        values["reason"] = self.reason
+        return values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadStarted:
+    """`commit` is what every worker will read."""
+
+    name: str
+    commit: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlaced:
+    stage: int
+    node: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageProgress:
+    stage: int
+    fetched_bytes: int
+    fetch_bytes: int
+    tensors_loaded: int
+    tensors: int
+    resident_bytes: int
+    done: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadWarning:
+    message: str
+
+
+LoadEvent = LoadStarted | Plan | StagePlaced | StageProgress | LoadWarning | ModelInfo
+
+
+def load_event(response: registry_pb2.LoadModelResponse) -> LoadEvent | None:
+    """The event in `response`; None for one that this client is too old to know."""
+    match response.WhichOneof("event"):
+        case "started":
+            return LoadStarted(name=response.started.name, commit=response.started.commit)
+        case "planned":
+            return Plan.from_proto(response.planned)
+        case "placed":
+            placed = response.placed
+            return StagePlaced(stage=placed.stage, node=placed.node, device=placed.device)
+        case "progress":
+            progress = response.progress
+            return StageProgress(
+                stage=progress.stage,
+                fetched_bytes=progress.fetched_bytes,
+                fetch_bytes=progress.fetch_bytes,
+                tensors_loaded=progress.tensors_loaded,
+                tensors=progress.tensors,
+                resident_bytes=progress.resident_bytes,
+                done=progress.done,
+            )
+        case "warning":
+            return LoadWarning(message=response.warning)
+        case "ready":
+            return ModelInfo.from_proto(response.ready)
+        case _:
+            return None

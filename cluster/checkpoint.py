@@ -1,0 +1,190 @@
+"""From what the user names to what a checkpoint holds: config, commit, headers. Reads kilobytes, by range."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..proto.v1.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    InvalidRequestError,
+    UnsupportedModelError,
+)
+from ..worker.headers import header_length, parse_header
+from ..worker.records import FileVersion, SourceSpec, TensorRecord
+from ..worker.sources import Source, open_source
+from .hub import resolve_commit
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_JSON_LIMIT_BYTES = 256 << 20  # an index of a million tensors; anything larger is no index
+_HEADER_GUESS_BYTES = 64 << 10
+_CONNECTIONS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointRequest:
+    """Where a checkpoint is. No token: it goes beside."""
+
+    path: str
+    revision: str = "main"
+    subfolder: str = ""
+    variant: str = ""
+    hub_endpoint: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """What a checkpoint holds, without its tensors' bytes."""
+
+    source: SourceSpec
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any] | None
+    records: Mapping[str, TensorRecord]
+    versions: Mapping[str, FileVersion]
+
+
+def resolve_source(request: CheckpointRequest, token: str | None) -> SourceSpec:
+    """The source that `request` means, its revision resolved to a commit, once and for all workers."""
+    path = request.path.strip()
+    if not path:
+        raise InvalidRequestError("no path is given: name a repository (org/name) or a folder")
+    if "://" in path:
+        raise UnsupportedModelError(
+            f"{path.split('://')[0]}:// can't be read yet: name a repository (org/name) or a folder"
+        )
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return SourceSpec(kind="folder", location=str(folder.resolve()), subfolder=request.subfolder)
+    if folder.exists():
+        raise CheckpointNotFoundError(f"{path} is a file: name the folder that holds config.json and the weights")
+    if not _REPO_ID.fullmatch(path):
+        raise CheckpointNotFoundError(f"folder {path} does not exist on the head node")
+    commit = resolve_commit(path, request.revision or "main", endpoint=request.hub_endpoint or None, token=token)
+    return SourceSpec(
+        kind="hub", location=path, commit=commit, endpoint=request.hub_endpoint, subfolder=request.subfolder
+    )
+
+
+def read_checkpoint(request: CheckpointRequest, token: str | None) -> Checkpoint:
+    """Reads config and headers. Raises the errors of sources and headers, and UnsupportedModelError."""
+    spec = resolve_source(request, token)
+    source = open_source(spec, token)
+    try:
+        config = _read_config(source, request.path)
+        generation_config = _read_json(source, "generation_config.json", required=False)
+        files = _weight_files(source, request)
+        records, versions = _read_headers(source, files)
+    finally:
+        source.close()
+    return Checkpoint(
+        source=spec, config=config, generation_config=generation_config, records=records, versions=versions
+    )
+
+
+def read_file(source: Source, file: str, limit_bytes: int = _JSON_LIMIT_BYTES) -> bytes:
+    """A small file, whole."""
+    version = source.stat(file)
+    if version.size_bytes > limit_bytes:
+        raise CorruptCheckpointError(f"{file} has {version.size_bytes:,} bytes; at most {limit_bytes:,} are read")
+    data = bytearray(version.size_bytes)
+    source.read_into(file, 0, memoryview(data), version)
+    return bytes(data)
+
+
+def _read_config(source: Source, path: str) -> Mapping[str, Any]:
+    try:
+        config = _read_json(source, "config.json", required=True)
+    except CheckpointNotFoundError as error:
+        if _exists(source, "adapter_config.json"):
+            raise UnsupportedModelError(
+                f"{path} is an adapter; load its base model (adapters can't be loaded yet)"
+            ) from None
+        raise CheckpointNotFoundError(f"{path} has no config.json: {error}") from None
+    assert config is not None
+    return config
+
+
+def _read_json(source: Source, file: str, *, required: bool) -> dict[str, Any] | None:
+    try:
+        data = read_file(source, file)
+    except CheckpointNotFoundError:
+        if required:
+            raise
+        return None
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpointError(f"{file} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CorruptCheckpointError(f"{file} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def _exists(source: Source, file: str) -> bool:
+    try:
+        source.stat(file)
+    except CheckpointNotFoundError:
+        return False
+    return True
+
+
+def _weight_files(source: Source, request: CheckpointRequest) -> list[str]:
+    """Files that hold weights: those that the index names, or the single one. Others in the repository don't count."""
+    dotted = f".{request.variant}" if request.variant else ""
+    single, index = f"model{dotted}.safetensors", f"model.safetensors.index{dotted}.json"
+    if _exists(source, single):
+        return [single]
+    listing = _read_json(source, index, required=False)
+    if listing is not None:
+        weight_map = listing.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CorruptCheckpointError(f"{index} has no weight_map")
+        files = set(weight_map.values())
+        for file in files:
+            if not isinstance(file, str) or not file.endswith(".safetensors") or "/" in file or "\\" in file:
+                raise CorruptCheckpointError(
+                    f"{index} names {str(file)[:80]!r}, which is no safetensors file beside it"
+                )
+        return sorted(files)
+    for pickled in (f"pytorch_model{dotted}.bin", f"pytorch_model.bin.index{dotted}.json"):
+        if _exists(source, pickled):
+            raise UnsupportedModelError(
+                f"{request.path} has only {pickled}, which can't be read by range: convert it once, with "
+                "AutoModelForCausalLM.from_pretrained(path).save_pretrained(folder)"
+            )
+    wanted = f" of variant {request.variant!r}" if request.variant else ""
+    raise CheckpointNotFoundError(f"{request.path} has no safetensors weights{wanted} ({single} or {index})")
+
+
+def _read_headers(source: Source, files: list[str]) -> tuple[dict[str, TensorRecord], dict[str, FileVersion]]:
+    records: dict[str, TensorRecord] = {}
+    versions: dict[str, FileVersion] = {}
+    with ThreadPoolExecutor(max_workers=min(_CONNECTIONS, len(files)), thread_name_prefix="headers") as pool:
+        for file, (version, found) in zip(files, pool.map(lambda file: _read_header(source, file), files), strict=True):
+            versions[file] = version
+            for key, record in found.items():
+                if key in records:
+                    raise CorruptCheckpointError(f"tensor {key} is in both {records[key].file} and {file}")
+                records[key] = record
+    return records, versions
+
+
+def _read_header(source: Source, file: str) -> tuple[FileVersion, dict[str, TensorRecord]]:
+    version = source.stat(file)
+    head = bytearray(min(_HEADER_GUESS_BYTES, version.size_bytes))
+    if head:
+        source.read_into(file, 0, memoryview(head), version)
+    length = header_length(bytes(head[:8]), version.size_bytes, file)
+    header = head[8 : 8 + length]
+    if len(header) < length:
+        rest = bytearray(length - len(header))
+        source.read_into(file, 8 + len(header), memoryview(rest), version)
+        header += rest
+    found, _ = parse_header(bytes(header), file=file, file_bytes=version.size_bytes)
+    return version, found

@@ -1,0 +1,130 @@
+"""Devices that a plan may use, and how people write them down. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ..proto.v1.errors import InvalidDeviceMapError, InvalidRequestError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One GPU, or a CPU worker's share of a node's memory.
+
+    node: name of the node, unique in the cluster; node_id: Ray's, "" without a cluster.
+    name: "cuda:0", "cpu", ... unique on the node. kind: "cuda" or "cpu".
+    slots: GPUs that Ray must set aside for it (a made-up GPU is a slot for a CPU worker); 0 or 1.
+    capacity_bytes: what may be used of it.
+    """
+
+    node: str
+    name: str
+    kind: str
+    capacity_bytes: int
+    node_id: str = ""
+    slots: int = 0
+
+    @property
+    def path(self) -> str:
+        """As `hf_device_map` gives it: "<node>/<device>"."""
+        return f"{self.node}/{self.name}"
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from a number or "20GiB", "512MB". Raises InvalidRequestError."""
+    match = _SIZE.fullmatch(str(text))
+    if match is None or match[2].upper() not in _UNITS:
+        raise InvalidRequestError(f"{text!r} is not a size: write bytes, or a number with KB, MB, GB, KiB, MiB or GiB")
+    return (
+        int(float(match[1]) * _UNITS[match[2].upper()]) if "." in match[1] else int(match[1]) * _UNITS[match[2].upper()]
+    )
+
+
+def format_size(size_bytes: int) -> str:
+    """ "1.50 GiB": for people."""
+    value, unit = float(size_bytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
+
+
+def parse_devices(text: str) -> list[Device]:
+    """Devices from "8x80GiB,4x24GiB": groups of a count and a size, each group one imaginary node of GPUs."""
+    devices: list[Device] = []
+    for index, group in enumerate(part for part in text.split(",") if part.strip()):
+        count, times, size = group.strip().rpartition("x")
+        if not times:
+            count = "1"
+        if not count.isdecimal() or not 0 < int(count) <= 100_000:
+            raise InvalidRequestError(f"{group.strip()!r} names no devices: write them like 8x80GiB,4x24GiB")
+        capacity = parse_size(size)
+        devices += [
+            Device(node=f"node-{index}", name=f"cuda:{number}", kind="cuda", capacity_bytes=capacity)
+            for number in range(int(count))
+        ]
+    if not devices:
+        raise InvalidRequestError("no devices are given: write them like 8x80GiB,4x24GiB")
+    return devices
+
+
+def find_device(name: str, devices: Sequence[Device]) -> Device:
+    """The device that a user's `name` means: "<node>/<device>", a device's name where only one has it, or its index
+    among all. Raises InvalidDeviceMapError."""
+    if name.isdecimal() and int(name) < len(devices):
+        return devices[int(name)]
+    found = [device for device in devices if name in (device.path, device.name)]
+    if len(found) == 1:
+        return found[0]
+    known = ", ".join(f"{index}: {device.path}" for index, device in enumerate(devices[:16]))
+    problem = "is no device of this cluster" if not found else f"means {len(found)} devices"
+    raise InvalidDeviceMapError(f"{name!r} {problem}; devices are {known}")
+
+
+def limit_memory(devices: Sequence[Device], max_memory: Mapping[str, str]) -> list[Device]:
+    """`devices` with their capacities cut to `max_memory`; those that it doesn't name are left out, as accelerate
+    does. "cpu" names all CPU devices. Raises InvalidDeviceMapError and InvalidRequestError."""
+    if not max_memory:
+        return list(devices)
+    limits: dict[Device, int] = {}
+    for name, text in max_memory.items():
+        size = parse_size(text)
+        if name == "disk":
+            raise InvalidDeviceMapError("max_memory names 'disk': nothing is offloaded; leave it out")
+        cpus = [device for device in devices if device.kind == "cpu"]
+        # accelerate's max_memory often names the CPU beside GPUs, for offloading; without CPU devices it is moot.
+        named = cpus if name == "cpu" else [find_device(name, devices)]
+        for device in named:
+            limits[device] = min(size, device.capacity_bytes)
+    return [replace(device, capacity_bytes=limits[device]) for device in devices if limits.get(device)]
+
+
+def share_cpus(devices: Sequence[Device], wanted: int) -> list[Device]:
+    """`devices` with CPU ones split until there are `wanted`, evenly over the nodes: CPU workers share a node.
+
+    GPUs are never split. A share has its part of the node's memory.
+    """
+    cpus = [device for device in devices if device.kind == "cpu" and not device.slots]
+    missing = wanted - len(devices)
+    if missing <= 0 or not cpus:
+        return list(devices)
+    extra, rest = divmod(missing, len(cpus))
+    shares = {device: 1 + extra + (index < rest) for index, device in enumerate(cpus)}
+    result: list[Device] = []
+    for device in devices:
+        count = shares.get(device, 1)
+        if count == 1:
+            result.append(device)
+            continue
+        result += [
+            replace(device, name=f"{device.name}:{number}", capacity_bytes=device.capacity_bytes // count)
+            for number in range(count)
+        ]
+    return result

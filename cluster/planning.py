@@ -1,0 +1,88 @@
+"""Checkpoint + devices + options → plan and the specs of its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..proto.v1.errors import InvalidRequestError
+from ..worker.spec import StageSpec
+from .checkpoint import Checkpoint, CheckpointRequest, read_checkpoint
+from .devices import Device
+from .layout import Layout, lay_out, resolve_dtype
+from .plan import Plan, PlanOptions, make_plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """How the user wants the model itself: the arguments of `from_pretrained` that change what is computed."""
+
+    dtype: str = "auto"
+    quantization: Mapping[str, Any] | None = None
+    attn_implementation: str | None = None
+    config: Mapping[str, Any] | None = None
+    config_overrides: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedModel:
+    """A plan with all that its workers need to be told."""
+
+    plan: Plan
+    checkpoint: Checkpoint
+    layout: Layout
+    options: ModelOptions
+    config: Mapping[str, Any]
+
+    def specs(self, name: str, load_id: str, secret: str) -> list[StageSpec]:
+        """One spec for each stage, in order."""
+        specs = []
+        for index, stage in enumerate(self.plan.stages):
+            records = self.layout.records_of(stage.cut, self.checkpoint.records)
+            specs.append(
+                StageSpec(
+                    model=name,
+                    load_id=load_id,
+                    index=index,
+                    num_stages=len(self.plan.stages),
+                    # A worker sees just the GPU that Ray gives it.
+                    device="cuda:0" if stage.device.kind == "cuda" else "cpu",
+                    cut=stage.cut,
+                    source=self.checkpoint.source,
+                    records=records,
+                    versions={record.file: self.checkpoint.versions[record.file] for record in records},
+                    config=self.config,
+                    generation_config=self.checkpoint.generation_config,
+                    quantization=self.options.quantization,
+                    dtype=self.plan.outline.dtype,
+                    attn_implementation=self.options.attn_implementation,
+                    secret=secret,
+                )
+            )
+        return specs
+
+
+def plan_model(
+    request: CheckpointRequest,
+    token: str | None,
+    options: ModelOptions,
+    spread: PlanOptions,
+    devices: Sequence[Device],
+) -> PlannedModel:
+    """Reads headers and lays the model over `devices`. Raises whatever of shardlift's errors stands against it."""
+    if not devices:
+        raise InvalidRequestError("the cluster has no device to load onto")
+    checkpoint = read_checkpoint(request, token)
+    config = dict(options.config if options.config else checkpoint.config)
+    config.update(options.config_overrides or {})
+    dtype = resolve_dtype(options.dtype, config, checkpoint.records)
+    layout = lay_out(
+        config,
+        checkpoint.records,
+        dtype=dtype,
+        quantization=options.quantization,
+        attn_implementation=options.attn_implementation,
+    )
+    plan = make_plan(request.path, checkpoint.source.commit, layout.outline, devices, spread)
+    return PlannedModel(plan=plan, checkpoint=checkpoint, layout=layout, options=options, config=config)

@@ -1,0 +1,125 @@
+"""Resident bytes of parameters, as bitsandbytes and torch really store them. Pure.
+
+Source: `bitsandbytes.functional.quantize_4bit`, `quantize_blockwise` and `int8_vectorwise_quant`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import ceil, prod
+
+from ..worker.anatomy import Place
+
+BLOCK = 64  # weights that share one absolute maximum
+NESTED_BLOCK = 256  # maxima that share one, with double quantization
+_FLOAT32 = 4
+_CODE_4BIT_BYTES = 16 * _FLOAT32
+_CODE_8BIT_BYTES = 256 * _FLOAT32
+
+# torch dtype name -> bytes an element.
+ITEM_BYTES: Mapping[str, int] = {
+    "bool": 1,
+    "uint8": 1,
+    "int8": 1,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int16": 2,
+    "uint16": 2,
+    "float16": 2,
+    "bfloat16": 2,
+    "int32": 4,
+    "uint32": 4,
+    "float32": 4,
+    "int64": 8,
+    "uint64": 8,
+    "float64": 8,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Storage:
+    """How a parameter is kept: kind "plain", "4bit" or "8bit".
+
+    dtype: of a plain parameter. double, quant_storage: of a 4-bit one (`bnb_4bit_use_double_quant`,
+    `bnb_4bit_quant_storage`).
+    """
+
+    kind: str
+    dtype: str = ""
+    double: bool = False
+    quant_storage: str = "uint8"
+
+
+def parameter_bytes(shape: tuple[int, ...], storage: Storage) -> int:
+    """Device bytes of one parameter, statistics included."""
+    numel = prod(shape)
+    if storage.kind == "plain":
+        return numel * ITEM_BYTES[storage.dtype]
+    if storage.kind == "8bit":
+        # One int8 an element, one float32 scale a row.
+        return numel + shape[0] * _FLOAT32
+    assert storage.kind == "4bit", storage
+    item = ITEM_BYTES[storage.quant_storage]
+    packed = ceil(ceil(numel / 2) / item) * item
+    blocks = ceil(numel / BLOCK)
+    if not storage.double:
+        return packed + blocks * _FLOAT32 + _CODE_4BIT_BYTES
+    nested = ceil(blocks / NESTED_BLOCK) * _FLOAT32 + _CODE_8BIT_BYTES + _FLOAT32  # maxima, code, offset
+    return packed + blocks + nested + _CODE_4BIT_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """A parameter or buffer of the model, with the checkpoint bytes that become it (0 for a computed buffer)."""
+
+    name: str
+    place: Place
+    resident_bytes: int
+    fetch_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSizes:
+    """What the parts of a model weigh, in bytes: resident and fetched.
+
+    first, last: what the first and the last stage hold beside their layers; a tied embedding is in both (once where
+    they are one stage, see `tied`). shared: what every stage holds.
+    """
+
+    layers: tuple[tuple[int, int], ...]
+    first: tuple[int, int]
+    last: tuple[int, int]
+    tied: tuple[int, int]
+    shared: tuple[int, int]
+    kv_bytes_per_token: tuple[int, ...]
+
+    def stage(self, first: int, end: int) -> tuple[int, int]:
+        """Resident and fetched bytes of a stage of layers `[first, end)`."""
+        parts = [*self.layers[first:end], self.shared]
+        if first == 0:
+            parts.append(self.first)
+        if end == len(self.layers):
+            parts.append(self.last)
+            if first != 0:
+                parts.append(self.tied)
+        return sum(part[0] for part in parts), sum(part[1] for part in parts)
+
+
+def sum_up(items: Iterable[Item], num_layers: int, *, tied: bool, kv_bytes_per_token: tuple[int, ...]) -> ModelSizes:
+    """Adds `items` up by place. `tied`: the head's weight is the embedding's, so the last stage needs that too."""
+    layers = [[0, 0] for _ in range(num_layers)]
+    parts = {part: [0, 0] for part in ("embedding", "before", "after", "shared")}
+    for item in items:
+        target = layers[item.place.layer] if item.place.part == "layer" else parts[item.place.part]
+        target[0] += item.resident_bytes
+        target[1] += item.fetch_bytes
+    embedding, before = parts["embedding"], parts["before"]
+    return ModelSizes(
+        layers=tuple((resident, fetch) for resident, fetch in layers),
+        first=(embedding[0] + before[0], embedding[1] + before[1]),
+        last=(parts["after"][0], parts["after"][1]),
+        tied=(embedding[0], embedding[1]) if tied else (0, 0),
+        shared=(parts["shared"][0], parts["shared"][1]),
+        kv_bytes_per_token=kv_bytes_per_token,
+    )

@@ -1,0 +1,43 @@
+"""What every test needs: one import of the package, no word to the outside, the checkpoints."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before huggingface_hub is imported: nothing may ask the public Hub.
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECKPOINTS = Path(os.environ.get("SHARDLIFT_TEST_CACHE", ROOT / ".cache")) / "checkpoints"
+
+
+class _RootIsNoTestPackage:
+    """The repository's root is the package itself: collected as a package of tests, it would be imported twice."""
+
+    def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        return pytest.Dir.from_parent(parent, path=path) if path == ROOT else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_RootIsNoTestPackage())
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face checkpoint; made once and kept."""
+    from tests.support.checkpoints import smollm2
+
+    return smollm2(CHECKPOINTS)
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds, or touches, an instance that the user runs."""
+    monkeypatch.setenv("SHARDLIFT_HOME", str(tmp_path_factory.mktemp("home")))
+    monkeypatch.delenv("SHARDLIFT_ADDRESS", raising=False)
+    monkeypatch.delenv("SHARDLIFT_TOKEN", raising=False)

@@ -1,0 +1,442 @@
+"""The `shardlift` command against scripted answers: what it prints, where, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from click.testing import CliRunner, Result
+
+from shardlift.client.cli.main import cli
+from shardlift.proto.v1 import errors, inference_pb2, registry_pb2
+from tests.support.scripted_gateway import ScriptedGateway
+
+PLAN = registry_pb2.Plan(
+    model="org/tiny",
+    quantization="nf4",
+    total_resident_bytes=3 << 30,
+    total_fetch_bytes=12 << 30,
+    dtype="bfloat16",
+    commit="abc123",
+    stages=[
+        registry_pb2.StagePlan(
+            index=0,
+            node="10.0.0.7",
+            device="cuda:0",
+            first_layer=0,
+            last_layer=3,
+            resident_bytes=3 << 30,
+            fetch_bytes=12 << 30,
+            kv_bytes_per_token=64,
+            modules=["model"],
+        )
+    ],
+)
+PLAN_JSON = {
+    "model": "org/tiny",
+    "quantization": "nf4",
+    "total_resident_bytes": 3 << 30,
+    "total_fetch_bytes": 12 << 30,
+    "stages": [
+        {
+            "index": 0,
+            "node": "10.0.0.7",
+            "device": "cuda:0",
+            "layers": [0, 3],
+            "resident_bytes": 3 << 30,
+            "fetch_bytes": 12 << 30,
+            "kv_bytes_per_token": 64,
+        }
+    ],
+}
+INFO = registry_pb2.ModelInfo(
+    name="tiny",
+    state=registry_pb2.MODEL_STATE_READY,
+    plan=PLAN,
+    residency=[
+        registry_pb2.StageResidency(
+            stage=0,
+            measured_bytes=(3 << 30) + 512,
+            fetched_bytes=12 << 30,
+            modules=[registry_pb2.ModuleResidency(module="model", dtype="nf4", bytes=7, device="cuda:0")],
+        )
+    ],
+    config_json="{}",
+    generation_config_json="{}",
+    path="org/tiny",
+    load_seconds=2.0,
+)
+LOAD = [
+    registry_pb2.LoadModelResponse(started=registry_pb2.LoadStarted(name="tiny", commit="abc123")),
+    registry_pb2.LoadModelResponse(planned=PLAN),
+    registry_pb2.LoadModelResponse(warning="own quantization won"),
+    registry_pb2.LoadModelResponse(
+        progress=registry_pb2.StageProgress(stage=0, fetched_bytes=1 << 30, fetch_bytes=12 << 30, tensors=9)
+    ),
+    registry_pb2.LoadModelResponse(
+        progress=registry_pb2.StageProgress(stage=0, fetched_bytes=2 << 30, fetch_bytes=12 << 30, tensors=9)
+    ),
+    registry_pb2.LoadModelResponse(
+        progress=registry_pb2.StageProgress(
+            stage=0, fetched_bytes=12 << 30, fetch_bytes=12 << 30, tensors=9, resident_bytes=3 << 30, done=True
+        )
+    ),
+    registry_pb2.LoadModelResponse(ready=INFO),
+]
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SHARDLIFT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
+    for name in ("SHARDLIFT_ADDRESS", "SHARDLIFT_TOKEN", "RAY_ADDRESS", "RAY_JOB_ID", "HF_ENDPOINT", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def gateway(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedGateway]:
+    with ScriptedGateway() as gateway:
+        monkeypatch.setenv("SHARDLIFT_ADDRESS", gateway.address)
+        yield gateway
+
+
+def run(*arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(cli, list(arguments), input=stdin)
+
+
+def row(table: str, first: str) -> str:
+    """The row of a printed table that begins with `first`, with single spaces."""
+    (found,) = (" ".join(line.split()) for line in table.splitlines() if line.split()[:1] == [first])
+    return found
+
+
+def known_model(gateway: ScriptedGateway) -> None:
+    gateway.answer("GetModel", registry_pb2.GetModelResponse(model=INFO))
+
+
+def text_answer(*pieces: str, **finished: Any) -> list[inference_pb2.GenerateResponse]:
+    reply = inference_pb2.GenerateResponse
+    return [
+        reply(accepted=inference_pb2.PromptAccepted(batch=1, prompt_tokens=2, prompt_ids=[1, 2])),
+        *(reply(step=inference_pb2.GeneratedStep(token_ids=[7], text=piece)) for piece in pieces),
+        reply(finished=inference_pb2.GenerationFinished(new_tokens=len(pieces), reason="stop")),
+    ]
+
+
+def test_plan(gateway: ScriptedGateway) -> None:
+    gateway.answer("PlanModel", registry_pb2.PlanModelResponse(plan=PLAN))
+    done = run("plan", "org/tiny", "--json")
+    assert done.exit_code == 0
+    assert json.loads(done.stdout) == PLAN_JSON
+    gateway.answer("PlanModel", registry_pb2.PlanModelResponse(plan=PLAN))
+    done = run("plan", "org/tiny")
+    assert row(done.stdout, "0") == "0 10.0.0.7 cuda:0 0–3 3.00 GiB 12.00 GiB 64 B"
+    assert row(done.stdout, "total") == "total 3.00 GiB 12.00 GiB 64 B"
+
+
+def test_every_flag_arrives(gateway: ScriptedGateway, tmp_path: Path) -> None:
+    (tmp_path / "hub").write_text("hf_mine\n")
+    gateway.answer("PlanModel", registry_pb2.PlanModelResponse(plan=PLAN))
+    done = run(
+        *("plan", "org/tiny", "--revision", "v1", "--subfolder", "sub", "--variant", "fp16", "--dtype", "bfloat16"),
+        *("--load-in-4bit", "--bnb-4bit-quant-type", "nf4", "--bnb-4bit-use-double-quant"),
+        *("--bnb-4bit-compute-dtype", "bfloat16", "--bnb-4bit-quant-storage", "uint8", "--num-stages", "2"),
+        *("--device-map", '{"model.layers.0": 0, "": "cpu"}', "--max-memory", "0=20GiB", "--max-memory", '{"cpu": 7}'),
+        *("--attn-implementation", "eager", "--trust-remote-code", "--cache-dir", str(tmp_path)),
+        *("--hf-token-file", str(tmp_path / "hub"), "--json"),
+    )
+    assert done.exit_code == 0, done.output
+    asked = gateway.calls[0].request
+    assert asked.source == registry_pb2.ModelSource(
+        path="org/tiny",
+        revision="v1",
+        subfolder="sub",
+        variant="fp16",
+        token="hf_mine",
+        cache_dir=str(tmp_path),
+        trust_remote_code=True,
+    )
+    sent = asked.options
+    assert (sent.dtype, sent.num_stages, sent.attn_implementation) == ("bfloat16", 2, "eager")
+    assert dict(sent.device_map_by_module) == {"model.layers.0": "0", "": "cpu"}
+    assert dict(sent.max_memory) == {"0": "20GiB", "cpu": "7"}
+    assert dict(sent.quantization_config) == {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+    }
+
+
+def test_the_quantization_flags_make_transformers_config(gateway: ScriptedGateway) -> None:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    gateway.answer("PlanModel", registry_pb2.PlanModelResponse(plan=PLAN))
+    run("plan", "org/tiny", "--load-in-4bit", "--bnb-4bit-quant-type", "nf4", "--bnb-4bit-compute-dtype", "bfloat16")
+    config = BitsAndBytesConfig.from_dict(dict(gateway.calls[0].request.options.quantization_config))
+    expected = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    assert config.to_dict() == expected.to_dict()
+    gateway.answer("PlanModel", registry_pb2.PlanModelResponse(plan=PLAN))
+    run("plan", "org/tiny", "--load-in-8bit", "--device-map", "balanced")
+    sent = gateway.calls[1].request.options
+    config = BitsAndBytesConfig.from_dict(dict(sent.quantization_config))
+    assert config.to_dict() == BitsAndBytesConfig(load_in_8bit=True).to_dict()
+    assert sent.device_map == "balanced"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--load-in-4bit", "--load-in-8bit"],
+        ["--bnb-4bit-quant-type", "nf4"],
+        ["--bnb-4bit-quant-type", "nf5"],
+        ["--max-memory", "20GiB"],
+        ["--device-map", "{"],
+        ["--num-stages", "0"],
+        ["--nonsense"],
+    ],
+)
+def test_wrong_command_lines(arguments: list[str]) -> None:
+    done = run("plan", "org/tiny", "--address", "127.0.0.1:1", *arguments)
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert "Error" in done.stderr
+
+
+def fake_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Path:
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/arguments\ncat > {tmp_path}/stdin\n{script}\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    return tmp_path
+
+
+def test_plan_without_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = fake_python(tmp_path, monkeypatch, f"echo '{json.dumps(PLAN_JSON)}'")
+    done = run("plan", "org/tiny", "--devices", "8x80GiB", "--num-stages", "2", "--load-in-8bit", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == PLAN_JSON
+    assert (fake / "arguments").read_text() == "-m shardlift.cluster.offline --json\n"
+    assert json.loads((fake / "stdin").read_text()) == {
+        "source": {"path": "org/tiny", "revision": "main"},
+        "options": {
+            "dtype": "auto",
+            "device_map": "auto",
+            "num_stages": 2,
+            "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": True},
+        },
+        "devices": "8x80GiB",
+    }
+    (tmp_path / "topology.json").write_text('[{"node": "a", "device": "cuda:0", "bytes": 7}]')
+    run("plan", "org/tiny", "--devices", str(tmp_path / "topology.json"))
+    assert json.loads((fake / "stdin").read_text())["devices"] == [{"node": "a", "device": "cuda:0", "bytes": 7}]
+
+
+def test_plan_without_a_cluster_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = json.dumps({"error": "OutOfMemoryError", "message": "1 GiB is missing"})
+    fake_python(tmp_path, monkeypatch, f"echo '{said}'; exit 1")
+    done = run("plan", "org/tiny", "--devices", "1x1GiB")
+    assert (done.exit_code, done.stdout, done.stderr) == (1, "", "error: 1 GiB is missing\n")
+    fake_python(tmp_path, monkeypatch, "echo oops >&2; exit 3")
+    done = run("plan", "org/tiny", "--devices", "1x1GiB")
+    assert (done.exit_code, done.stderr) == (1, "error: the planner ended with 3: oops\n")
+
+
+def test_load(gateway: ScriptedGateway) -> None:
+    gateway.answer("LoadModel", *LOAD)
+    known_model(gateway)
+    done = run("load", "org/tiny", "--name", "tiny")
+    assert done.exit_code == 0, done.output
+    assert done.stderr.splitlines() == [
+        "loading tiny at abc123",
+        "plan: 1 stage, 12.00 GiB to fetch, 3.00 GiB resident (nf4)",
+        "warning: own quantization won",
+        "stage 0 on 10.0.0.7/cuda:0: 1.00 GiB of 12.00 GiB, 0 of 9 tensors",
+        "stage 0 on 10.0.0.7/cuda:0: 12.00 GiB of 12.00 GiB, resident in 3.00 GiB",
+        "tiny is ready after 2.0 s",
+    ]
+    assert row(done.stdout, "0") == "0 10.0.0.7 cuda:0 0–3 3.00 GiB 3.00 GiB +512 B"
+    assert done.stdout.splitlines()[-1] == f"tiny at {gateway.address}"
+    assert gateway.calls[0].request.name == "tiny"
+
+
+def test_load_json(gateway: ScriptedGateway) -> None:
+    gateway.answer("LoadModel", *LOAD)
+    known_model(gateway)
+    values = json.loads(run("load", "org/tiny", "--json").stdout)
+    assert values["name"] == "tiny"
+    assert values["address"] == gateway.address
+    assert values["stages"][0]["measured_bytes"] == (3 << 30) + 512
+
+
+def test_load_that_fails(gateway: ScriptedGateway) -> None:
+    gateway.answer("LoadModel", LOAD[0], error=errors.CheckpointNotFoundError("no repository org/tiny"))
+    done = run("load", "org/tiny")
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1] == "error: no repository org/tiny"
+
+
+def test_list_show_unload(gateway: ScriptedGateway) -> None:
+    listed = registry_pb2.ListModelsResponse(models=[INFO])
+    gateway.answer("ListModels", listed)
+    done = run("list")
+    assert row(done.stdout, "tiny") == "tiny ready org/tiny nf4 1 3.00 GiB"
+    gateway.answer("ListModels", listed)
+    (entry,) = json.loads(run("list", "--json").stdout)
+    assert (entry["name"], entry["state"], entry["measured_bytes"]) == ("tiny", "ready", (3 << 30) + 512)
+    for flags in ([], ["--json"]):
+        known_model(gateway)
+        known_model(gateway)
+        done = run("show", "tiny", *flags)
+        assert done.exit_code == 0
+    values = json.loads(done.stdout)
+    assert values["state"] == "ready"
+    (stage,) = values["stages"]
+    assert {name: stage[name] for name in PLAN_JSON["stages"][0]} == PLAN_JSON["stages"][0]  # type: ignore[index]
+    assert stage["measured_bytes"] == (3 << 30) + 512
+    assert stage["modules"] == {"model": {"dtype": "nf4", "bytes": 7, "device": "cuda:0"}}
+    gateway.answer("UnloadModel", registry_pb2.UnloadModelResponse())
+    assert run("unload", "tiny").stdout == "unloaded tiny\n"
+    gateway.answer("UnloadModel", error=errors.ModelNotFoundError("no model is called tiny"))
+    done = run("unload", "tiny", "--json")
+    assert (done.exit_code, done.stdout, done.stderr) == (1, "", "error: no model is called tiny\n")
+
+
+def test_generate(gateway: ScriptedGateway) -> None:
+    known_model(gateway)
+    gateway.answer("Generate", *text_answer("Hel", "", "lo"))
+    flags = ["--max-new-tokens", "3", "--do-sample", "--temperature", "0.5", "--top-p", "0.9", "--top-k", "5"]
+    done = run("generate", "tiny", "--prompt", "Say it", *flags, "--seed", "4")
+    assert (done.exit_code, done.stdout) == (0, "Hello\n")
+    asked = gateway.calls[-1].request
+    assert (asked.prompt, asked.seed) == ("Say it", 4)
+    assert dict(asked.generation) == {
+        "max_new_tokens": 3,
+        "do_sample": True,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 5,
+    }
+    known_model(gateway)
+    gateway.answer("Generate", *text_answer("Hel", "lo"))
+    assert json.loads(run("generate", "tiny", "--prompt", "Say it", "--json").stdout) == {
+        "text": "Hello",
+        "token_ids": [7, 7],
+        "prompt_tokens": 2,
+        "new_tokens": 2,
+        "finish_reason": "stop",
+    }
+
+
+def test_generate_that_fails_midway(gateway: ScriptedGateway) -> None:
+    known_model(gateway)
+    gateway.answer("Generate", *text_answer("Hel")[:2], error=errors.ModelUnavailableError("stage 0 is gone"))
+    done = run("generate", "tiny", "--prompt", "Say it")
+    assert (done.exit_code, done.stdout, done.stderr) == (1, "Hel", "error: stage 0 is gone\n")
+
+
+def test_chat(gateway: ScriptedGateway) -> None:
+    known_model(gateway)
+    for piece in ("Hi", "Two", "New"):
+        gateway.answer("Generate", *text_answer(piece))
+    done = run("chat", "tiny", "--system", "Be brief.", stdin="Hello\n\nMore\n/reset\nAgain\n/exit\nnever\n")
+    assert (done.exit_code, done.stdout) == (0, "Hi\nTwo\nNew\n")
+    said = [
+        [(message.role, message.content) for message in call.request.conversation.messages]
+        for call in gateway.calls[1:]
+    ]
+    system = ("system", "Be brief.")
+    assert said == [
+        [system, ("user", "Hello")],
+        [system, ("user", "Hello"), ("assistant", "Hi"), ("user", "More")],
+        [system, ("user", "Again")],
+    ]
+
+
+def test_chat_ends_with_its_input(gateway: ScriptedGateway) -> None:
+    known_model(gateway)
+    gateway.answer("Generate", *text_answer("Hi"))
+    assert run("chat", "tiny", stdin="Hello").exit_code == 0
+
+
+def test_down_without_an_instance() -> None:
+    done = run("down")
+    assert (done.exit_code, done.stdout) == (0, "no local instance is recorded\n")
+
+
+def test_up_prints_the_address(gateway: ScriptedGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = json.dumps({"address": gateway.address, "ray_address": "a:1"})
+    fake = fake_python(tmp_path, monkeypatch, f"echo '{ready}'")
+    done = run("up", "--port", "50052", "--host", "127.0.0.1", "--ray-address", "a:1")
+    assert (done.exit_code, done.stdout) == (0, f"{gateway.address}\n")
+    expected = "-m shardlift.cluster.up --json --host 127.0.0.1 --port 50052 --ray-address a:1\n"
+    assert (fake / "arguments").read_text() == expected
+    assert json.loads(run("up", "--json").stdout) == {
+        "address": gateway.address,
+        "pid": None,
+        "ray_address": "a:1",
+        "token_file": None,
+    }
+
+
+def test_the_gateways_token_comes_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret\n")
+    with ScriptedGateway(token="secret") as gateway:
+        gateway.answer("ListModels", registry_pb2.ListModelsResponse())
+        done = run("list", "--json", "--address", gateway.address, "--token-file", str(tmp_path / "token"))
+    assert (done.exit_code, json.loads(done.stdout)) == (0, [])
+
+
+# The command as a process of its own
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "shardlift.client.cli.main", *arguments]
+
+
+def test_a_dead_gateway_is_one_line_and_exit_code_1() -> None:
+    done = subprocess.run(command("list", "--address", "127.0.0.1:1"), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: no gateway answers at 127.0.0.1:1")
+
+
+def test_a_wrong_command_line_is_exit_code_2() -> None:
+    done = subprocess.run(command("list", "--nonsense"), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_ctrl_c_cancels_a_load(gateway: ScriptedGateway) -> None:
+    def play(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        yield LOAD[0]
+        os.kill(process.pid, signal.SIGINT)
+        gateway.calls[-1].over.wait(30)
+
+    gateway.expect("LoadModel", play)
+    process = subprocess.Popen(
+        command("load", "org/tiny"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+    with process:
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert out == ""
+    assert "Traceback" not in err
+    assert gateway.calls[-1].over.wait(10)
+    assert gateway.calls[-1].cancelled

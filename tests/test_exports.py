@@ -1,0 +1,89 @@
+"""The names and forms that the public contract promises."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import shardlift
+
+# from_pretrained, as shared/DESIGN.md has it. What follows these is ours to extend.
+CONTRACT = {
+    "config": None,
+    "quantization_config": None,
+    "device_map": "auto",
+    "max_memory": None,
+    "num_stages": None,
+    "dtype": "auto",
+    "revision": "main",
+    "subfolder": "",
+    "variant": None,
+    "token": None,
+    "cache_dir": None,
+    "trust_remote_code": False,
+    "attn_implementation": None,
+    "adapter_kwargs": None,
+    "name": None,
+    "address": None,
+}
+
+
+def test_exported_names() -> None:
+    assert set(shardlift.__all__) == {
+        "AutoModelForCausalLM",
+        "BitsAndBytesConfig",
+        "Client",
+        "ShardliftError",
+        "__version__",
+        "connect",
+    }
+    for name in shardlift.__all__:
+        assert getattr(shardlift, name) is not None
+        assert name in dir(shardlift)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = shardlift.nothing
+
+
+def test_bits_and_bytes_config_is_transformers_own() -> None:
+    import transformers
+
+    assert shardlift.BitsAndBytesConfig is transformers.BitsAndBytesConfig
+
+
+def test_from_pretrained_has_the_contract_signature() -> None:
+    parameters = inspect.signature(shardlift.AutoModelForCausalLM.from_pretrained).parameters
+    names = list(parameters)
+    assert names[0] == "pretrained_model_name_or_path"
+    assert {name: parameters[name].default for name in names[1 : 1 + len(CONTRACT)]} == CONTRACT
+    assert names[1 : 1 + len(CONTRACT)] == list(CONTRACT)
+    assert names[1 + len(CONTRACT) :] == ["progress", "kwargs"]
+    assert parameters["kwargs"].kind is inspect.Parameter.VAR_KEYWORD
+
+
+def test_auto_model_cannot_be_instantiated() -> None:
+    with pytest.raises(OSError, match="from_pretrained"):
+        shardlift.AutoModelForCausalLM()
+
+
+def test_connect_takes_address_and_token() -> None:
+    parameters = inspect.signature(shardlift.connect).parameters
+    assert list(parameters)[:2] == ["address", "token"]
+
+
+@pytest.mark.parametrize("name", ["models", "model", "plan", "load", "unload", "close"])
+def test_client_methods(name: str) -> None:
+    assert callable(getattr(shardlift.Client, name))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("generate", "__call__", "config", "generation_config", "address", "dtype", "device"),
+        *("hf_device_map", "get_memory_footprint", "residency", "unload"),
+    ],
+)
+def test_handle_attributes(name: str) -> None:
+    from shardlift.client.handle import RemoteModel
+
+    assert hasattr(RemoteModel, name)

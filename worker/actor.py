@@ -1,0 +1,101 @@
+"""The Ray actor that holds a stage. Everything that knows of Ray in this package is here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+
+from ..proto.v1.errors import InternalError
+from ..proto.v1.status import to_error
+from .loader import LoadProgress, load_stage
+from .service import StageServer
+from .spec import LoadReport, StageSpec
+
+logger = logging.getLogger(__name__)
+
+
+class StageWorker:
+    """Holds one stage of one model; detached and named, so that it outlives whoever asked for it.
+
+    It carries its spec and the model's card (opaque to it): a restarted controller learns from the workers alone
+    which models there are. `ray.remote` is applied where it is placed.
+    """
+
+    def __init__(self, spec: Mapping[str, Any], card: bytes) -> None:
+        import torch
+
+        # Ray gives an actor one OpenMP thread; a stage computes as a process of its own would.
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        self._spec = StageSpec.from_json(spec)
+        self._card = card
+        self._progress = LoadProgress()
+        self._server: StageServer | None = None
+        self._report: LoadReport | None = None
+        self._joined = False
+
+    async def device(self) -> str:
+        """The device as the node counts it: "cuda:3" for the fourth GPU, whatever the process sees it as."""
+        if self._spec.device.startswith("cuda"):
+            return f"cuda:{ray.get_gpu_ids()[0]}"
+        return "cpu"
+
+    async def load(self, token: str | None) -> LoadReport:
+        """Loads the stage and begins to serve it. Idempotent: a second call gives the first one's report."""
+        if self._report is not None:
+            return self._report
+        started = time.monotonic()
+        try:
+            loaded = await asyncio.to_thread(load_stage, self._spec, token, self._progress)
+            self._server = StageServer(loaded.stage, secret=self._spec.secret)
+            address = await self._server.start(ray.util.get_node_ip_address())
+        except Exception as error:
+            ours = to_error(error)
+            if isinstance(ours, InternalError):
+                logger.exception("loading stage %s of %s failed", self._spec.index, self._spec.model)
+            # Ray wraps what an actor raises; ours must arrive as it is, and be picklable.
+            raise ours from None
+        self._report = LoadReport(
+            address=address,
+            fetched_bytes=loaded.fetched_bytes,
+            modules=loaded.modules,
+            seconds=time.monotonic() - started,
+        )
+        return self._report
+
+    async def progress(self) -> tuple[int, int]:
+        """Bytes fetched and tensors loaded so far."""
+        return self._progress.fetched_bytes, self._progress.tensors_loaded
+
+    async def join(self, next_address: str) -> None:
+        """Closes the ring; the stage is ready afterwards."""
+        assert self._server is not None
+        await self._server.join(next_address)
+        self._joined = True
+
+    async def describe(self) -> tuple[dict[str, Any], bytes, LoadReport | None, bool]:
+        """Spec (without its records), card, report, and whether the stage serves in a closed ring."""
+        spec = self._spec.to_json()
+        del spec["records"], spec["versions"]
+        return spec, self._card, self._report, self._joined
+
+    async def set_card(self, card: bytes) -> None:
+        """Replaces the model's card, once more is known of it."""
+        self._card = card
+
+    async def sessions(self) -> tuple[int, int]:
+        """Sessions held, and the bytes of their keys and values."""
+        if self._server is None:
+            return 0, 0
+        return self._server.pipeline.sessions, self._server.pipeline.kv_bytes
+
+    async def stop(self) -> None:
+        """Ends a load under way, closes the port and the sessions. The actor is killed after it."""
+        self._progress.cancel()
+        if self._server is not None:
+            await self._server.stop()

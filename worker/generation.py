@@ -1,0 +1,276 @@
+"""Autoregressive decoding on the last stage, with transformers' own preparation, processors and stopping rules.
+
+transformers' `generate` does everything up to its loop: defaults, special tokens, positions, processors, criteria.
+The loop itself is `GenerationMixin._sample`, turned inside out so that each forward pass may be awaited and each
+request draws from a random generator of its own.
+
+Shapes: B rows, T new tokens, L tokens so far, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import GenerationMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..proto.v1.errors import InvalidRequestError, one_line
+from .stage import StepInput
+
+# Fields of GenerationConfig that are floating point: a wire format that knows only doubles loses the difference, and
+# transformers' processors check for it.
+_FLOAT_FIELDS = frozenset(
+    {
+        "diversity_penalty",
+        "encoder_repetition_penalty",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "guidance_scale",
+        "length_penalty",
+        "min_p",
+        "repetition_penalty",
+        "temperature",
+        "top_h",
+        "top_p",
+        "typical_p",
+    }
+)
+_DYNAMIC_CACHES = (None, "dynamic")
+
+
+def normalize_numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`fields` of a GenerationConfig with whole doubles made integers again, except where floats are meant."""
+
+    def integral(value: Any) -> Any:
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        if isinstance(value, list):
+            return [integral(item) for item in value]
+        return value
+
+    return {
+        name: float(value)
+        if name in _FLOAT_FIELDS and isinstance(value, (int, float)) and not isinstance(value, bool)
+        else integral(value)
+        for name, value in fields.items()
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forward:
+    """One pass through the whole pipeline that decoding asks for."""
+
+    input: StepInput
+    logits_to_keep: int
+    reset_cache: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodedStep:
+    """What one pass gave: a token per row [B], and the logits and scores [B, V] when asked for."""
+
+    tokens: list[int]
+    finished: bool
+    logits: torch.Tensor | None
+    scores: torch.Tensor | None
+
+
+class Decoding:
+    """The state of one `generate` request between its forward passes. Synchronous; needs no lock of its own.
+
+    Use: run each of `prefill()` and feed the last one's logits to `advance`; until that says finished, run
+    `next_forward()` and feed its logits to `advance`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        fields: Mapping[str, Any],
+        *,
+        seed: int | None,
+        output_logits: bool = False,
+        output_scores: bool = False,
+    ) -> None:
+        """`input_ids` and `attention_mask`: int64 [rows, length]; `fields`: of GenerationConfig, as a user gives them.
+
+        Raises InvalidRequestError for what transformers refuses, and for decoding methods other than greedy search
+        and sampling.
+        """
+        device = model.device
+        arguments = normalize_numbers(fields)
+        if arguments.get("cache_implementation") not in _DYNAMIC_CACHES:
+            raise InvalidRequestError(
+                f"cache_implementation={arguments['cache_implementation']!r} is not available: "
+                "the stages keep dynamic caches"
+            )
+        # The model's own default may name a cache for one process; the stages' caches give the same values.
+        arguments["cache_implementation"] = None
+        if attention_mask is not None:
+            arguments["attention_mask"] = attention_mask.to(device)
+        try:
+            with torch.inference_mode():
+                prepared = model.generate(input_ids.to(device), custom_generate=_Prepared, **arguments)
+        except (ValueError, TypeError, IndexError) as error:
+            raise InvalidRequestError(f"generate can't do as asked: {one_line(error)}") from error
+        assert isinstance(prepared, _Prepared)
+        self._model = model
+        self._input_ids = prepared.input_ids
+        self._processors = prepared.logits_processor
+        self._criteria = prepared.stopping_criteria
+        self._config = prepared.generation_config
+        self._kwargs = prepared.model_kwargs
+        # The stages keep their own caches; transformers' empty one goes.
+        self._kwargs.pop("past_key_values", None)
+        self._use_cache = bool(self._kwargs["use_cache"])
+        _check_mode(self._config)
+        self._output_logits = output_logits
+        self._output_scores = output_scores
+        self._scores: tuple[torch.Tensor, ...] | None = () if output_scores else None
+        self._unfinished = torch.ones(self._input_ids.shape[0], dtype=torch.long, device=device)
+        self._has_eos = any(hasattr(criterion, "eos_token_id") for criterion in self._criteria)
+        self._random: torch.Generator | None = None
+        if self._config.do_sample:
+            self._random = torch.Generator(device=device)
+            if seed is None:
+                self._random.seed()
+            else:
+                self._random.manual_seed(seed)
+        self.prompt_tokens = self._input_ids.shape[1]
+
+    @property
+    def rows(self) -> int:
+        return self._input_ids.shape[0]
+
+    @property
+    def use_cache(self) -> bool:
+        return self._use_cache
+
+    @property
+    def new_tokens(self) -> int:
+        return self._input_ids.shape[1] - self.prompt_tokens
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether a stopping rule other than the length limit ended it."""
+        return not bool(self._unfinished.any()) and self._input_ids.shape[1] < self._config.max_length
+
+    def prefill(self) -> list[Forward]:
+        """The prompt's passes: one, or several with `prefill_chunk_size`."""
+        chunk = self._config.prefill_chunk_size
+        length = self._input_ids.shape[1]
+        if chunk is None or chunk >= length:
+            return [self._forward(self._input_ids, None, None, first=True)]
+        if not self._use_cache:
+            raise InvalidRequestError("prefill_chunk_size needs use_cache=True")
+        kwargs, forwards = dict(self._kwargs), []
+        for start in range(0, length, chunk):
+            end = min(start + chunk, length)
+            for name in ("attention_mask", "position_ids"):
+                if kwargs.get(name) is not None:
+                    whole = self._kwargs[name]
+                    kwargs[name] = whole[:, :end] if name == "attention_mask" else whole[..., start:end]
+            forwards.append(self._forward(self._input_ids[:, start:end], None, None, first=start == 0, kwargs=kwargs))
+        return forwards
+
+    def next_forward(self, cache: Any) -> Forward:
+        """The pass for the tokens that `advance` chose. `cache`: this stage's, which knows the past's length."""
+        length = 1 if self._use_cache else None
+        return self._forward(self._input_ids, length, cache, first=False)
+
+    def _forward(
+        self,
+        input_ids: torch.Tensor,
+        next_length: int | None,
+        cache: Any,
+        *,
+        first: bool,
+        kwargs: dict[str, Any] | None = None,
+    ) -> Forward:
+        with torch.inference_mode():
+            inputs = self._model.prepare_inputs_for_generation(
+                input_ids,
+                next_sequence_length=next_length,
+                past_key_values=cache,
+                is_first_iteration=first,
+                **(self._kwargs if kwargs is None else kwargs),
+            )
+        unknown = set(inputs) - _KNOWN_INPUTS
+        unsupported = sorted(name for name in unknown if inputs[name] is not None)
+        if unsupported:
+            raise InvalidRequestError(f"generate arguments {', '.join(unsupported)} can't travel through a pipeline")
+        return Forward(
+            input=StepInput(
+                input=inputs["input_ids"],
+                attention_mask=inputs.get("attention_mask"),
+                position_ids=inputs["position_ids"],
+                use_cache=self._use_cache,
+            ),
+            logits_to_keep=int(inputs.get("logits_to_keep") or 0),
+            # A model may decide that its past is void, as Phi-3 does where long rotary factors begin.
+            reset_cache=cache is not None and inputs.get("past_key_values") is None,
+        )
+
+    def advance(self, logits: torch.Tensor) -> DecodedStep:
+        """Chooses the next token of each row from `logits` [B, kept, V] of the pass before."""
+        with torch.inference_mode():
+            outputs = CausalLMOutputWithPast(logits=logits)
+            self._kwargs = self._model._update_model_kwargs_for_generation(outputs, self._kwargs)
+            raw = logits[:, -1].to(copy=True, dtype=torch.float32, device=self._input_ids.device)
+            scores = self._processors(self._input_ids, raw)
+            if self._scores is not None:
+                self._scores += (scores,)
+            if self._random is not None:
+                probabilities = torch.nn.functional.softmax(scores, dim=-1)
+                tokens = torch.multinomial(probabilities, num_samples=1, generator=self._random).squeeze(1)
+            else:
+                tokens = torch.argmax(scores, dim=-1)
+            if self._has_eos:
+                tokens = tokens * self._unfinished + self._config._pad_token_tensor * (1 - self._unfinished)
+            self._input_ids = torch.cat([self._input_ids, tokens[:, None]], dim=-1)
+            self._unfinished = self._unfinished & ~self._criteria(self._input_ids, self._scores)
+            return DecodedStep(
+                tokens=tokens.tolist(),
+                finished=not bool(self._unfinished.max()),
+                logits=raw if self._output_logits else None,
+                scores=scores if self._output_scores else None,
+            )
+
+
+_KNOWN_INPUTS = frozenset(
+    {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+)
+
+
+class _Prepared:
+    """Takes the place of transformers' decoding loop, and keeps what the loop would have been called with."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> None:
+        self.input_ids = input_ids
+        self.logits_processor = logits_processor
+        self.stopping_criteria = stopping_criteria
+        self.generation_config = generation_config
+        self.model_kwargs = model_kwargs
+
+
+def _check_mode(config: GenerationConfig) -> None:
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise InvalidRequestError(
+            f"{mode.value.replace('_', ' ')} is not available: use num_beams=1 without an assistant (greedy or sampled)"
+        )

@@ -1,0 +1,462 @@
+"""A checkpoint on the Hugging Face Hub, or on a server that speaks like it.
+
+The Hub names a file's version and where its bytes lie: for large files a signed URL on another origin (the "CDN"),
+which expires. The token goes to the Hub's own origin alone. The client is huggingface_hub's shared one, so its proxies
+and certificates hold; nothing here imports httpx, whose name differs between huggingface_hub's versions.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import socket
+import threading
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+from urllib.parse import urljoin
+
+from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported, but not by `as`
+
+from ...proto.v1.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    GatedCheckpointError,
+    SourceError,
+    one_line,
+)
+from ..records import FileVersion
+from . import answers
+from .base import Cancel, check_name, check_range
+
+# HfHubHTTPError(HTTPError, OSError): httpx's base of all transport errors, by whichever name httpx goes. A RuntimeError
+# is what the shared client raises when huggingface_hub replaced it in this very moment.
+_HTTP_ERROR: type[Exception] = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+_TRANSIENT = (_HTTP_ERROR, OSError, RuntimeError)
+
+_PROGRESS_BYTES = 64 << 10  # a server that drops every connection after less than this makes no progress
+_REMEDY_TOKEN = "accept its terms on the Hub, and pass token=… or set HF_TOKEN to one that may read it"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Located:
+    version: FileVersion
+    url: str
+
+    def __repr__(self) -> str:
+        return f"_Located({self.version!r}, {answers.redact(self.url)!r})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Failure:
+    """Why one request didn't bring all bytes, though a later one may."""
+
+    cause: str
+    wait_s: float | None = None  # what the server asked for
+    is_stale: bool = False  # the location is to be asked for again
+    moved_to: str = ""
+    error: BaseException | None = None
+
+
+class HubSource:
+    """Files of one commit of `repo_id`, read by ranges.
+
+    Args:
+        token: as in huggingface_hub: None takes the one saved on this machine, if any.
+        attempts: requests in a row that may fail, without a byte gained, before `SourceError`.
+        connect_s, stall_s: limits on connecting, and on waiting for the next bytes.
+        sleep: waits between attempts; by default a sleep that a `Cancel` ends.
+    """
+
+    def __init__(
+        self,
+        repo_id: str,
+        commit: str,
+        *,
+        subfolder: str = "",
+        endpoint: str | None = None,
+        token: str | None = None,
+        attempts: int = 6,
+        connect_s: float = 10.0,
+        stall_s: float = 20.0,
+        sleep: Callable[[float], None] | None = None,
+    ) -> None:
+        from ... import __version__
+
+        self._repo_id, self._commit, self._subfolder = repo_id, commit, subfolder
+        self._endpoint, self._token = endpoint or None, token
+        self._attempts, self._connect_s, self._stall_s, self._sleep = attempts, connect_s, stall_s, sleep
+        self._hub_origin = answers.origin(self._url("config.json"))
+        self._library: dict[str, Any] = {"library_name": "shardlift", "library_version": __version__}
+        self._hub_headers = build_hf_headers(token=token, **self._library)
+        self._cdn_headers = build_hf_headers(token=False, **self._library)
+        self._lock = threading.Lock()
+        self._file_locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._located: dict[str, _Located] = {}
+        self._etags: dict[tuple[str, object], str] = {}  # by file and origin: a CDN's tags need not be the Hub's
+        self._sockets = _Sockets()
+        _redact_logs()
+
+    def __repr__(self) -> str:
+        return f"HubSource({self._repo_id!r}, {self._commit!r})"
+
+    def stat(self, file: str) -> FileVersion:
+        patience = self._patience(f"the size of {self._label(file)}", Cancel())
+        located = self._resolve(file, patience)
+        with self._lock:
+            self._located[file] = located
+        return located.version
+
+    def read_into(
+        self, file: str, start: int, buffer: memoryview, version: FileVersion, cancel: Cancel | None = None
+    ) -> None:
+        check_range(file, start, len(buffer), version)
+        end, cancel = start + len(buffer), cancel or Cancel()
+        patience = self._patience(f"bytes {start} to {end} of {self._label(file)}", cancel)
+        located = None
+        while start < end:
+            located = located or self._locate(file, version, patience)
+            cancel.check(file)
+            flight = _Flight(self._sockets, cancel)
+            failure = self._get(file, located, start, buffer[len(buffer) - (end - start) :], flight)
+            cancel.check(file)
+            start += flight.received_bytes
+            patience.gained(flight.received_bytes)
+            if start < end:
+                assert failure is not None
+                stale, located = located, self._moved(file, located, failure)
+                if located is None:
+                    self._forget(file, stale)
+                patience.failed(failure)
+
+    def close(self) -> None:
+        """The client and its connections are huggingface_hub's, and stay."""
+
+    # -- where a file lies
+
+    def _url(self, file: str) -> str:
+        return hf_hub_url(
+            self._repo_id,
+            check_name(file),
+            subfolder=self._subfolder or None,
+            revision=self._commit,
+            endpoint=self._endpoint,
+        )
+
+    def _label(self, file: str) -> str:
+        folder = f"{self._subfolder}/" if self._subfolder else ""
+        return f"{self._repo_id}@{self._commit[:12]}/{folder}{file}"
+
+    def _locate(self, file: str, version: FileVersion, patience: _Patience) -> _Located:
+        with self._lock:
+            file_lock = self._file_locks[file]
+        with file_lock:  # one thread asks, the others wait for its answer
+            with self._lock:
+                located = self._located.get(file)
+            if located is None:
+                located = self._resolve(file, patience)
+                with self._lock:
+                    self._located[file] = located
+        if located.version != version:
+            self._changed(file, f"{version} when the load began, {located.version} now")
+        return located
+
+    def _forget(self, file: str, stale: _Located) -> None:
+        with self._lock:
+            if self._located.get(file) is stale:
+                del self._located[file]
+
+    def _moved(self, file: str, located: _Located, failure: _Failure) -> _Located | None:
+        """Where to read on after the failure; None if the Hub has to be asked."""
+        if failure.is_stale:
+            return None
+        if failure.moved_to:
+            located = replace(located, url=urljoin(located.url, failure.moved_to))
+            with self._lock:
+                self._located[file] = located
+        return located
+
+    def _resolve(self, file: str, patience: _Patience) -> _Located:
+        """Ask the Hub for the file's version and location, as often as `patience` allows."""
+        url = self._url(file)
+        while True:
+            patience.check(file)
+            try:
+                metadata = get_hf_file_metadata(
+                    url, token=self._token, timeout=self._stall_s, endpoint=self._endpoint, **self._library
+                )
+            except HfHubHTTPError as error:
+                status, headers = error.response.status_code, error.response.headers
+                if not answers.is_transient(status):
+                    self._refused(file, status, error)
+                patience.failed(_Failure(cause=f"HTTP {status}", wait_s=_wait_s(headers), error=error))
+            except OfflineModeIsEnabled as error:
+                raise SourceError(
+                    f"{self._label(file)} can't be read with HF_HUB_OFFLINE set: unset it, or pass a local folder"
+                ) from error
+            except _TRANSIENT as error:
+                patience.failed(_Failure(cause=_cause(error), error=error))
+            else:
+                if metadata.size is None or not metadata.etag:
+                    raise SourceError(
+                        f"the server gives no size or no ETag for {self._label(file)}: is its endpoint a real Hub?"
+                    )
+                version = FileVersion(size_bytes=metadata.size, etag=metadata.etag)
+                return _Located(version=version, url=urljoin(url, metadata.location))
+
+    def _refused(self, file: str, status: int, error: BaseException | None = None) -> NoReturn:
+        """What the Hub itself answers for good. Its own text is not quoted: it carries URLs."""
+        label = self._label(file)
+        if isinstance(error, GatedRepoError) or status in (401, 403):
+            raise GatedCheckpointError(
+                f"the Hub answered {status} for {label}: gated, private, or not there; {_REMEDY_TOKEN}"
+            ) from None
+        if status == 404:
+            raise CheckpointNotFoundError(
+                f"the Hub answered 404 for {label}: no such repository, revision or file; check all three names"
+            ) from None
+        raise SourceError(f"the Hub answered {status} for {label}, which no retry mends") from None
+
+    def _changed(self, file: str, how: str) -> NoReturn:
+        raise CorruptCheckpointError(f"{self._label(file)} changed since the load began: {how}; load it again")
+
+    # -- one request
+
+    def _get(self, file: str, located: _Located, start: int, buffer: memoryview, flight: _Flight) -> _Failure | None:
+        """Ask for the buffer's bytes, from `start` on; count in `flight` those that came. None if all did."""
+        host = answers.origin(located.url)
+        if host is None:
+            return _Failure(cause="the Hub gave a location that is no http URL", is_stale=True)
+        is_hub = host == self._hub_origin
+        headers = {
+            **(self._hub_headers if is_hub else self._cdn_headers),
+            "Accept-Encoding": "identity",
+            "Range": f"bytes={start}-{start + len(buffer) - 1}",
+        }
+        try:
+            with (
+                flight,
+                get_session().stream(
+                    "GET",
+                    located.url,
+                    headers=headers,
+                    follow_redirects=False,
+                    timeout=(self._connect_s, self._stall_s, self._stall_s, self._stall_s),
+                    extensions={"trace": flight.trace},
+                ) as response,
+            ):
+                flight.saw(response.extensions.get("network_stream"))
+                failure = self._judge(file, located, response.status_code, response.headers, start, len(buffer), is_hub)
+                if failure is not None:
+                    return failure
+                self._check_etag(file, located, host, response.headers)
+                for piece in response.iter_raw():
+                    if not flight.store(buffer, piece):
+                        return _Failure(cause="the server sent more bytes than asked")
+        except _TRANSIENT as error:
+            return _Failure(cause=_cause(error), error=error)
+        if flight.received_bytes < len(buffer):
+            return _Failure(cause="the answer ended early")
+        return None
+
+    def _judge(
+        self,
+        file: str,
+        located: _Located,
+        status: int,
+        headers: Mapping[str, str],
+        start: int,
+        byte_count: int,
+        is_hub: bool,
+    ) -> _Failure | None:
+        """None if the answer's body is the bytes asked for."""
+        size = located.version.size_bytes
+        if status == 206:
+            span = answers.parse_content_range(headers.get("content-range", ""))
+            if span is not None and span.total_bytes not in (None, size):
+                self._changed(file, f"{size} bytes then, {span.total_bytes} now")
+            if span is None or (span.start, span.end) != (start, start + byte_count):
+                return _Failure(cause=f"HTTP 206 with Content-Range {headers.get('content-range', 'missing')[:60]!r}")
+        elif status == 200:
+            if (start, byte_count) != (0, size) or headers.get("content-length", str(size)) != str(size):
+                return _Failure(cause="HTTP 200 in place of 206: the server ignores ranges")
+        elif status == 416:
+            self._changed(file, f"it no longer has bytes {start} to {start + byte_count}")
+        elif status in (301, 302, 303, 307, 308) and headers.get("location"):
+            return _Failure(cause=f"HTTP {status}", moved_to=headers["location"], wait_s=0.0)
+        elif answers.is_transient(status):
+            return _Failure(cause=f"HTTP {status}", wait_s=_wait_s(headers))
+        elif is_hub:
+            self._refused(file, status)
+        else:
+            return _Failure(cause=f"HTTP {status} from the CDN", is_stale=True)
+        if headers.get("content-encoding", "identity") != "identity":
+            return _Failure(cause=f"Content-Encoding {headers['content-encoding'][:20]!r}, which was not asked for")
+        return None
+
+    def _check_etag(self, file: str, located: _Located, host: object, headers: Mapping[str, str]) -> None:
+        """The Hub's tag (X-Linked-Etag) is the version's. A CDN's may be another hash: it must only stay as it was."""
+        linked, etag = (answers.normalize_etag(headers.get(name)) for name in ("x-linked-etag", "etag"))
+        if linked and linked != located.version.etag:
+            self._changed(file, f"ETag {located.version.etag} then, {linked[:80]} now")
+        if etag:
+            with self._lock:
+                pinned = self._etags.setdefault((file, host), etag)
+            if etag != pinned:
+                self._changed(file, f"ETag {pinned[:80]} then, {etag[:80]} now")
+
+    def _patience(self, what: str, cancel: Cancel) -> _Patience:
+        sleep = cancel.wait if self._sleep is None else self._sleep
+        return _Patience(what, self._attempts, sleep, cancel)
+
+
+# ---- retries ---------------------------------------------------------------------------------------------------------
+
+
+class _Patience:
+    """Counts failures since the last progress, and waits between attempts."""
+
+    def __init__(self, what: str, attempts: int, sleep: Callable[[float], object], cancel: Cancel) -> None:
+        self._what, self._attempts, self._sleep, self._cancel = what, attempts, sleep, cancel
+        self._failures = self._gained_bytes = 0
+
+    def check(self, file: str) -> None:
+        self._cancel.check(file)
+
+    def gained(self, byte_count: int) -> None:
+        self._gained_bytes += byte_count
+        if self._gained_bytes >= _PROGRESS_BYTES:
+            self._failures = self._gained_bytes = 0
+
+    def failed(self, failure: _Failure) -> None:
+        """Wait for the next attempt, or raise SourceError when there is none left."""
+        self._failures += 1
+        if self._failures >= self._attempts:
+            raise SourceError(
+                f"reading {self._what} failed {self._failures} times in a row, last: {failure.cause}; "
+                "check the network and the endpoint, then load again"
+            ) from failure.error
+        wait_s = failure.wait_s
+        if wait_s is None:
+            # A URL that has expired is no fault of the network: the first time, ask for a new one at once.
+            wait_s = (
+                0.0 if failure.is_stale and self._failures == 1 else answers.backoff_s(self._failures, random.random())
+            )
+        if wait_s > 0:
+            self._sleep(wait_s)
+
+
+def _wait_s(headers: Mapping[str, str]) -> float | None:
+    return answers.retry_after_s(headers, time.time())
+
+
+def _cause(error: BaseException) -> str:
+    return answers.redact(f"{type(error).__name__}: {one_line(error, 200)}")
+
+
+# ---- breaking off ----------------------------------------------------------------------------------------------------
+
+
+class _Sockets:
+    """The sockets that a source's requests were seen on. Each belongs to the client's pool, and stays there."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._busy: dict[_Flight, socket.socket] = {}
+
+    def use(self, flight: _Flight, found: socket.socket) -> None:
+        with self._lock:
+            self._seen.add(found)
+            self._busy[flight] = found
+
+    def release(self, flight: _Flight) -> None:
+        with self._lock:
+            self._busy.pop(flight, None)
+
+    def of(self, flight: _Flight) -> list[socket.socket]:
+        """The flight's own; or, as long as it isn't known, every one that no other flight uses."""
+        with self._lock:
+            if flight in self._busy:
+                return [self._busy[flight]]
+            busy = set(self._busy.values())
+            return [found for found in self._seen if found not in busy]
+
+
+class _Flight:
+    """One request, and the means to break it off from another thread, wherever it blocks.
+
+    Closing a response doesn't wake the thread that reads it; shutting its socket down does. Which socket that is, the
+    client tells when it connects (the `trace` extension) and when the answer begins (`network_stream`). A request that
+    waits for its answer on a reused connection can be on any idle one, so then all of those are shut down: the pool
+    replaces them.
+    """
+
+    def __init__(self, sockets: _Sockets, cancel: Cancel) -> None:
+        self._sockets, self._cancel = sockets, cancel
+        self._calling = cancel.calling(self.abort)
+        self.received_bytes = 0
+
+    def __enter__(self) -> None:
+        self._calling.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._calling.__exit__(*exception)
+        self._sockets.release(self)
+
+    def trace(self, event: str, info: Mapping[str, Any]) -> None:
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            self.saw(info.get("return_value"))
+
+    def saw(self, stream: Any) -> None:
+        found = stream.get_extra_info("socket") if stream is not None else None
+        if isinstance(found, socket.socket):
+            self._sockets.use(self, found)
+            if self._cancel.is_set:
+                self.abort()
+
+    def abort(self) -> None:
+        for found in self._sockets.of(self):
+            try:
+                socket.socket.shutdown(found, socket.SHUT_RDWR)  # not SSLSocket's: it takes TLS away from the reader
+            except OSError:
+                continue  # closed already
+
+    def store(self, buffer: memoryview, piece: bytes) -> bool:
+        """Append the piece; False if it doesn't fit."""
+        end = self.received_bytes + len(piece)
+        if end > len(buffer):
+            return False
+        buffer[self.received_bytes : end] = piece
+        self.received_bytes = end
+        return True
+
+
+# ---- logs ------------------------------------------------------------------------------------------------------------
+
+
+class _RedactQueries(logging.Filter):
+    """httpx logs every URL at INFO, and its transport every header at DEBUG: signed URLs among them."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        redacted = answers.redact(message)
+        if redacted != message:
+            record.msg, record.args = redacted, ()
+        return True
+
+
+_REDACT_QUERIES = _RedactQueries()
+
+
+def _redact_logs() -> None:
+    for client in ("httpx", "httpx2", "huggingface_hub.utils._http"):
+        logging.getLogger(client).addFilter(_REDACT_QUERIES)  # adding it again changes nothing
+    for transport in ("httpcore", "httpcore2"):
+        for part in ("connection", "http11", "http2", "proxy"):
+            logging.getLogger(f"{transport}.{part}").addFilter(_REDACT_QUERIES)

@@ -1,0 +1,89 @@
+"""What the controller tells a worker to hold. Pure; goes through Ray and JSON.
+
+Never contains a token: that is handed over with the call that needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .anatomy import Cut
+from .records import FileVersion, SourceSpec, TensorRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSpec:
+    """One stage of one load.
+
+    load_id: unique to this load; tells a restarted controller which workers belong together.
+    device: where the stage lives on its node: "cpu" or "cuda:<index as the worker sees it>".
+    config, generation_config, quantization: as JSON objects; dtype: a torch dtype's name.
+    secret: shared by the stages of this load alone.
+    budget_bytes: host memory for checkpoint bytes that are fetched but not yet converted.
+    """
+
+    model: str
+    load_id: str
+    index: int
+    num_stages: int
+    device: str
+    cut: Cut
+    source: SourceSpec
+    records: tuple[TensorRecord, ...]
+    versions: Mapping[str, FileVersion]
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any] | None
+    quantization: Mapping[str, Any] | None
+    dtype: str
+    attn_implementation: str | None
+    secret: str
+    budget_bytes: int = 512 << 20
+
+    @property
+    def fetch_bytes(self) -> int:
+        return sum(record.size_bytes for record in self.records)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that `from_json` reads back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> StageSpec:
+        fields = dict(value)
+        fields["cut"] = Cut(**fields["cut"])
+        fields["source"] = SourceSpec(**fields["source"])
+        fields["records"] = tuple(
+            TensorRecord(**{**record, "shape": tuple(record["shape"])}) for record in fields["records"]
+        )
+        fields["versions"] = {name: FileVersion(**version) for name, version in fields["versions"].items()}
+        return cls(**fields)
+
+    def __repr__(self) -> str:
+        # Not the records, of which there may be thousands, and not the secret.
+        return f"StageSpec({self.model} stage {self.index} of {self.num_stages}, {self.cut}, {self.device})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleBytes:
+    """What one module holds itself, without its children: `dtype` is "nf4", "fp4", "int8" or a torch dtype's name."""
+
+    module: str
+    dtype: str
+    size_bytes: int
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What a worker tells after its load."""
+
+    address: str
+    fetched_bytes: int
+    modules: tuple[ModuleBytes, ...]
+    seconds: float
+
+    @property
+    def measured_bytes(self) -> int:
+        return sum(module.size_bytes for module in self.modules)
