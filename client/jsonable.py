@@ -1,7 +1,8 @@
-"""Python values as JSON has them: what crosses the wire in a `google.protobuf.Struct`."""
+"""Python values as JSON has them: what crosses the wire as JSON text or as a `google.protobuf.Struct`."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from enum import Enum
@@ -45,3 +46,8 @@ def to_struct(values: Mapping[str, Any], name: str) -> struct_pb2.Struct:
     except (ValueError, TypeError, OverflowError) as error:
         raise InvalidRequestError(f"{name} can't be sent to the gateway: {error}") from None
     return struct
+
+
+def to_json(values: Mapping[str, Any], name: str) -> str:
+    """`values` as JSON text, in which 6 and 6.0 stay apart."""
+    return json.dumps(jsonable(values, name), sort_keys=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import InvalidDeviceMapError, InvalidRequestError
-from .jsonable import jsonable, to_struct
+from .jsonable import jsonable, to_json
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "cpu")
 
@@ -108,16 +108,16 @@ def load_options(
     )
     quantization = _quantization(quantization_config, kwargs)
     if quantization is not None:
-        options.quantization_config.CopyFrom(to_struct(quantization, "quantization_config"))
+        options.quantization_config_json = to_json(quantization, "quantization_config")
     if isinstance(device_map, str) and device_map in DEVICE_MAPS:
         options.device_map = device_map
     elif device_map is not None:
         options.device_map_by_module.update(_device_map(device_map))
     if config is not None:
-        options.config.CopyFrom(to_struct(_config(config), "config"))
+        options.config_json = to_json(_config(config), "config")
     overrides = _overrides(kwargs)
     if overrides:
-        options.config_overrides.CopyFrom(to_struct(overrides, "config override"))
+        options.config_overrides_json = to_json(overrides, "config override")
     return options
 
 

@@ -128,3 +128,24 @@ def share_cpus(devices: Sequence[Device], wanted: int) -> list[Device]:
             for number in range(count)
         ]
     return result
+
+
+def parse_topology(topology: object) -> list[Device]:
+    """Devices of a topology file: [{"node": "a", "device": "cuda:0", "memory": "80GiB"}, ...], or that list under
+    "devices". Raises InvalidRequestError."""
+    entries = topology.get("devices") if isinstance(topology, dict) else topology
+    if not isinstance(entries, list) or not entries:
+        raise InvalidRequestError('the topology has no devices: write [{"node": …, "device": …, "memory": …}, …]')
+    devices = []
+    for index, entry in enumerate(entries):
+        missing = [name for name in ("node", "device", "memory") if not isinstance(entry, dict) or name not in entry]
+        if missing:
+            raise InvalidRequestError(f"device {index} of the topology lacks {', '.join(missing)}")
+        name = str(entry["device"])
+        kind = "cpu" if name.startswith("cpu") else "cuda"
+        devices.append(
+            Device(node=str(entry["node"]), name=name, kind=kind, capacity_bytes=parse_size(entry["memory"]))
+        )
+    if len({device.path for device in devices}) < len(devices):
+        raise InvalidRequestError("the topology names a device twice")
+    return devices

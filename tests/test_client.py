@@ -467,11 +467,11 @@ def test_from_pretrained_sends_its_arguments(
     assert dict(sent.device_map_by_module) == {"model.layers.0": "0", "": "cpu", "lm_head": "10.0.0.7/cuda:1"}
     assert dict(sent.max_memory) == {"0": "20GiB", "cpu": "1000000000"}
     assert (sent.num_stages, sent.dtype, sent.attn_implementation, sent.device_map) == (3, "float16", "eager", "")
-    assert dict(sent.config_overrides) == {"use_cache": False}
+    assert json.loads(sent.config_overrides_json) == {"use_cache": False}
     assert sent.config["model_type"] == "llama"
     assert sent.config["hidden_size"] == 8
-    assert sent.quantization_config["quant_method"] == "bitsandbytes"
-    assert sent.quantization_config["bnb_4bit_compute_dtype"] == "bfloat16"
+    assert json.loads(sent.quantization_config_json)["quant_method"] == "bitsandbytes"
+    assert json.loads(sent.quantization_config_json)["bnb_4bit_compute_dtype"] == "bfloat16"
     model._gateway.close()
 
 
@@ -520,12 +520,12 @@ def test_device_map_of_one_device(device: Any) -> None:
 
 def test_old_quantization_arguments() -> None:
     sent = options.load_options(load_in_4bit=True, bnb_4bit_quant_type="nf4", load_in_8bit=False)
-    assert dict(sent.quantization_config) == {
+    assert json.loads(sent.quantization_config_json) == {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
     }
-    assert not options.load_options(load_in_4bit=False).HasField("quantization_config")
+    assert not options.load_options(load_in_4bit=False).quantization_config_json
 
 
 @pytest.mark.parametrize(

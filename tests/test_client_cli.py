@@ -168,7 +168,7 @@ def test_every_flag_arrives(gateway: ScriptedGateway, tmp_path: Path) -> None:
     assert (sent.dtype, sent.num_stages, sent.attn_implementation) == ("bfloat16", 2, "eager")
     assert dict(sent.device_map_by_module) == {"model.layers.0": "0", "": "cpu"}
     assert dict(sent.max_memory) == {"0": "20GiB", "cpu": "7"}
-    assert dict(sent.quantization_config) == {
+    assert json.loads(sent.quantization_config_json) == {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
@@ -185,13 +185,13 @@ def test_the_quantization_flags_make_transformers_config(gateway: ScriptedGatewa
 
     gateway.answer("PlanModel", registry_pb2.PlanModelResponse(plan=PLAN))
     run("plan", "org/tiny", "--load-in-4bit", "--bnb-4bit-quant-type", "nf4", "--bnb-4bit-compute-dtype", "bfloat16")
-    config = BitsAndBytesConfig.from_dict(dict(gateway.calls[0].request.options.quantization_config))
+    config = BitsAndBytesConfig.from_dict(json.loads(gateway.calls[0].request.options.quantization_config_json))
     expected = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     assert config.to_dict() == expected.to_dict()
     gateway.answer("PlanModel", registry_pb2.PlanModelResponse(plan=PLAN))
     run("plan", "org/tiny", "--load-in-8bit", "--device-map", "balanced")
     sent = gateway.calls[1].request.options
-    config = BitsAndBytesConfig.from_dict(dict(sent.quantization_config))
+    config = BitsAndBytesConfig.from_dict(json.loads(sent.quantization_config_json))
     assert config.to_dict() == BitsAndBytesConfig(load_in_8bit=True).to_dict()
     assert sent.device_map == "balanced"
 

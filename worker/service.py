@@ -260,20 +260,17 @@ async def _generate(
 
 
 def _step_messages(step: DecodedStep) -> Iterator[inference_pb2.GenerateResponse]:
-    """A step with its tensors. Where both are asked for, scores follow in a message of their own, so that the bytes
-    of one tensor are never followed by another's."""
+    """A step; the bytes of its tensors that don't fit follow, the logits' first."""
     message = inference_pb2.GeneratedStep(token_ids=step.tokens)
-    tensors = [
-        (name, tensor) for name, tensor in (("logits", step.logits), ("scores", step.scores)) if tensor is not None
-    ]
-    if not tensors:
-        yield inference_pb2.GenerateResponse(step=message)
-    for index, (name, tensor) in enumerate(tensors):
-        head, rest = to_frames(tensor)
-        carrier = message if index == 0 else inference_pb2.GeneratedStep()
-        getattr(carrier, name).CopyFrom(head)
-        yield inference_pb2.GenerateResponse(step=carrier)
-        for frame in rest:
+    later: list[Iterator[bytes]] = []
+    for tensor, field in ((step.logits, message.logits), (step.scores, message.scores)):
+        if tensor is not None:
+            head, rest = to_frames(tensor)
+            field.CopyFrom(head)
+            later.append(rest)
+    yield inference_pb2.GenerateResponse(step=message)
+    for frames in later:
+        for frame in frames:
             yield inference_pb2.GenerateResponse(more=frame)
 
 

@@ -22,10 +22,9 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
-from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!shardlift/proto/v1/registry.proto\x12\x0cshardlift.v1\x1a\x1cgoogle/protobuf/struct.proto\"\xa4\x01\n\x0bModelSource\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x11\n\tsubfolder\x18\x03 \x01(\t\x12\x0f\n\x07variant\x18\x04 \x01(\t\x12\r\n\x05token\x18\x05 \x01(\t\x12\x14\n\x0chub_endpoint\x18\x06 \x01(\t\x12\x11\n\tcache_dir\x18\x07 \x01(\t\x12\x19\n\x11trust_remote_code\x18\x08 \x01(\x08\"\xed\x03\n\x0bLoadOptions\x12\x34\n\x13quantization_config\x18\x01 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x1b\n\x13\x61ttn_implementation\x18\x03 \x01(\t\x12\'\n\x06\x63onfig\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x31\n\x10\x63onfig_overrides\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x12\n\ndevice_map\x18\x06 \x01(\t\x12N\n\x14\x64\x65vice_map_by_module\x18\x07 \x03(\x0b\x32\x30.shardlift.v1.LoadOptions.DeviceMapByModuleEntry\x12<\n\nmax_memory\x18\x08 \x03(\x0b\x32(.shardlift.v1.LoadOptions.MaxMemoryEntry\x12\x12\n\nnum_stages\x18\t \x01(\r\x1a\x38\n\x16\x44\x65viceMapByModuleEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x30\n\x0eMaxMemoryEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"i\n\x10PlanModelRequest\x12)\n\x06source\x18\x01 \x01(\x0b\x32\x19.shardlift.v1.ModelSource\x12*\n\x07options\x18\x02 \x01(\x0b\x32\x19.shardlift.v1.LoadOptions\"5\n\x11PlanModelResponse\x12 \n\x04plan\x18\x01 \x01(\x0b\x32\x12.shardlift.v1.Plan\"w\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x06source\x18\x02 \x01(\x0b\x32\x19.shardlift.v1.ModelSource\x12*\n\x07options\x18\x03 \x01(\x0b\x32\x19.shardlift.v1.LoadOptions\"\x8c\x02\n\x11LoadModelResponse\x12,\n\x07started\x18\x01 \x01(\x0b\x32\x19.shardlift.v1.LoadStartedH\x00\x12%\n\x07planned\x18\x02 \x01(\x0b\x32\x12.shardlift.v1.PlanH\x00\x12+\n\x06placed\x18\x03 \x01(\x0b\x32\x19.shardlift.v1.StagePlacedH\x00\x12/\n\x08progress\x18\x04 \x01(\x0b\x32\x1b.shardlift.v1.StageProgressH\x00\x12(\n\x05ready\x18\x05 \x01(\x0b\x32\x17.shardlift.v1.ModelInfoH\x00\x12\x11\n\x07warning\x18\x06 \x01(\tH\x00\x42\x07\n\x05\x65vent\"+\n\x0bLoadStarted\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x02 \x01(\t\":\n\x0bStagePlaced\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\"\x99\x01\n\rStageProgress\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x15\n\rfetched_bytes\x18\x02 \x01(\x04\x12\x13\n\x0b\x66\x65tch_bytes\x18\x03 \x01(\x04\x12\x16\n\x0etensors_loaded\x18\x04 \x01(\r\x12\x0f\n\x07tensors\x18\x05 \x01(\r\x12\x16\n\x0eresident_bytes\x18\x06 \x01(\x04\x12\x0c\n\x04\x64one\x18\x07 \x01(\x08\"\xac\x01\n\x04Plan\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cquantization\x18\x02 \x01(\t\x12\x1c\n\x14total_resident_bytes\x18\x03 \x01(\x04\x12\x19\n\x11total_fetch_bytes\x18\x04 \x01(\x04\x12\'\n\x06stages\x18\x05 \x03(\x0b\x32\x17.shardlift.v1.StagePlan\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x07 \x01(\t\"\xd3\x01\n\tStagePlan\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x12\n\nlast_layer\x18\x05 \x01(\r\x12\x16\n\x0eresident_bytes\x18\x06 \x01(\x04\x12\x13\n\x0b\x66\x65tch_bytes\x18\x07 \x01(\x04\x12\x1a\n\x12kv_bytes_per_token\x18\x08 \x01(\x04\x12\x16\n\x0e\x63\x61pacity_bytes\x18\t \x01(\x04\x12\x0f\n\x07modules\x18\n \x03(\t\"\xfe\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.shardlift.v1.ModelState\x12 \n\x04plan\x18\x03 \x01(\x0b\x32\x12.shardlift.v1.Plan\x12/\n\tresidency\x18\x04 \x03(\x0b\x32\x1c.shardlift.v1.StageResidency\x12\x13\n\x0b\x63onfig_json\x18\x05 \x01(\t\x12\x1e\n\x16generation_config_json\x18\x06 \x01(\t\x12\x0c\n\x04path\x18\x07 \x01(\t\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x14\n\x0cload_seconds\x18\t \x01(\x01\"~\n\x0eStageResidency\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x16\n\x0emeasured_bytes\x18\x02 \x01(\x04\x12.\n\x07modules\x18\x03 \x03(\x0b\x32\x1d.shardlift.v1.ModuleResidency\x12\x15\n\rfetched_bytes\x18\x04 \x01(\x04\"O\n\x0fModuleResidency\x12\x0e\n\x06module\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\"\x13\n\x11ListModelsRequest\"=\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.shardlift.v1.ModelInfo\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x10GetModelResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.shardlift.v1.ModelInfo\"\"\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13UnloadModelResponse*\x91\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x1b\n\x17MODEL_STATE_UNAVAILABLE\x10\x03\x12\x19\n\x15MODEL_STATE_UNLOADING\x10\x04\x32\xa4\x03\n\x14ModelRegistryService\x12L\n\tPlanModel\x12\x1e.shardlift.v1.PlanModelRequest\x1a\x1f.shardlift.v1.PlanModelResponse\x12N\n\tLoadModel\x12\x1e.shardlift.v1.LoadModelRequest\x1a\x1f.shardlift.v1.LoadModelResponse0\x01\x12O\n\nListModels\x12\x1f.shardlift.v1.ListModelsRequest\x1a .shardlift.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.shardlift.v1.GetModelRequest\x1a\x1e.shardlift.v1.GetModelResponse\x12R\n\x0bUnloadModel\x12 .shardlift.v1.UnloadModelRequest\x1a!.shardlift.v1.UnloadModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!shardlift/proto/v1/registry.proto\x12\x0cshardlift.v1\"\xa4\x01\n\x0bModelSource\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x11\n\tsubfolder\x18\x03 \x01(\t\x12\x0f\n\x07variant\x18\x04 \x01(\t\x12\r\n\x05token\x18\x05 \x01(\t\x12\x14\n\x0chub_endpoint\x18\x06 \x01(\t\x12\x11\n\tcache_dir\x18\x07 \x01(\t\x12\x19\n\x11trust_remote_code\x18\x08 \x01(\x08\"\xb1\x03\n\x0bLoadOptions\x12 \n\x18quantization_config_json\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x1b\n\x13\x61ttn_implementation\x18\x03 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x04 \x01(\t\x12\x1d\n\x15\x63onfig_overrides_json\x18\x05 \x01(\t\x12\x12\n\ndevice_map\x18\x06 \x01(\t\x12N\n\x14\x64\x65vice_map_by_module\x18\x07 \x03(\x0b\x32\x30.shardlift.v1.LoadOptions.DeviceMapByModuleEntry\x12<\n\nmax_memory\x18\x08 \x03(\x0b\x32(.shardlift.v1.LoadOptions.MaxMemoryEntry\x12\x12\n\nnum_stages\x18\t \x01(\r\x1a\x38\n\x16\x44\x65viceMapByModuleEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x30\n\x0eMaxMemoryEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"i\n\x10PlanModelRequest\x12)\n\x06source\x18\x01 \x01(\x0b\x32\x19.shardlift.v1.ModelSource\x12*\n\x07options\x18\x02 \x01(\x0b\x32\x19.shardlift.v1.LoadOptions\"5\n\x11PlanModelResponse\x12 \n\x04plan\x18\x01 \x01(\x0b\x32\x12.shardlift.v1.Plan\"w\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x06source\x18\x02 \x01(\x0b\x32\x19.shardlift.v1.ModelSource\x12*\n\x07options\x18\x03 \x01(\x0b\x32\x19.shardlift.v1.LoadOptions\"\x8c\x02\n\x11LoadModelResponse\x12,\n\x07started\x18\x01 \x01(\x0b\x32\x19.shardlift.v1.LoadStartedH\x00\x12%\n\x07planned\x18\x02 \x01(\x0b\x32\x12.shardlift.v1.PlanH\x00\x12+\n\x06placed\x18\x03 \x01(\x0b\x32\x19.shardlift.v1.StagePlacedH\x00\x12/\n\x08progress\x18\x04 \x01(\x0b\x32\x1b.shardlift.v1.StageProgressH\x00\x12(\n\x05ready\x18\x05 \x01(\x0b\x32\x17.shardlift.v1.ModelInfoH\x00\x12\x11\n\x07warning\x18\x06 \x01(\tH\x00\x42\x07\n\x05\x65vent\"+\n\x0bLoadStarted\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x02 \x01(\t\":\n\x0bStagePlaced\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\"\x99\x01\n\rStageProgress\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x15\n\rfetched_bytes\x18\x02 \x01(\x04\x12\x13\n\x0b\x66\x65tch_bytes\x18\x03 \x01(\x04\x12\x16\n\x0etensors_loaded\x18\x04 \x01(\r\x12\x0f\n\x07tensors\x18\x05 \x01(\r\x12\x16\n\x0eresident_bytes\x18\x06 \x01(\x04\x12\x0c\n\x04\x64one\x18\x07 \x01(\x08\"\xac\x01\n\x04Plan\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cquantization\x18\x02 \x01(\t\x12\x1c\n\x14total_resident_bytes\x18\x03 \x01(\x04\x12\x19\n\x11total_fetch_bytes\x18\x04 \x01(\x04\x12\'\n\x06stages\x18\x05 \x03(\x0b\x32\x17.shardlift.v1.StagePlan\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x07 \x01(\t\"\xd3\x01\n\tStagePlan\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x12\n\nlast_layer\x18\x05 \x01(\r\x12\x16\n\x0eresident_bytes\x18\x06 \x01(\x04\x12\x13\n\x0b\x66\x65tch_bytes\x18\x07 \x01(\x04\x12\x1a\n\x12kv_bytes_per_token\x18\x08 \x01(\x04\x12\x16\n\x0e\x63\x61pacity_bytes\x18\t \x01(\x04\x12\x0f\n\x07modules\x18\n \x03(\t\"\xfe\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.shardlift.v1.ModelState\x12 \n\x04plan\x18\x03 \x01(\x0b\x32\x12.shardlift.v1.Plan\x12/\n\tresidency\x18\x04 \x03(\x0b\x32\x1c.shardlift.v1.StageResidency\x12\x13\n\x0b\x63onfig_json\x18\x05 \x01(\t\x12\x1e\n\x16generation_config_json\x18\x06 \x01(\t\x12\x0c\n\x04path\x18\x07 \x01(\t\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x14\n\x0cload_seconds\x18\t \x01(\x01\"~\n\x0eStageResidency\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x16\n\x0emeasured_bytes\x18\x02 \x01(\x04\x12.\n\x07modules\x18\x03 \x03(\x0b\x32\x1d.shardlift.v1.ModuleResidency\x12\x15\n\rfetched_bytes\x18\x04 \x01(\x04\"O\n\x0fModuleResidency\x12\x0e\n\x06module\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\"\x13\n\x11ListModelsRequest\"=\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.shardlift.v1.ModelInfo\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x10GetModelResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.shardlift.v1.ModelInfo\"\"\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13UnloadModelResponse*\x91\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x1b\n\x17MODEL_STATE_UNAVAILABLE\x10\x03\x12\x19\n\x15MODEL_STATE_UNLOADING\x10\x04\x32\xa4\x03\n\x14ModelRegistryService\x12L\n\tPlanModel\x12\x1e.shardlift.v1.PlanModelRequest\x1a\x1f.shardlift.v1.PlanModelResponse\x12N\n\tLoadModel\x12\x1e.shardlift.v1.LoadModelRequest\x1a\x1f.shardlift.v1.LoadModelResponse0\x01\x12O\n\nListModels\x12\x1f.shardlift.v1.ListModelsRequest\x1a .shardlift.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.shardlift.v1.GetModelRequest\x1a\x1e.shardlift.v1.GetModelResponse\x12R\n\x0bUnloadModel\x12 .shardlift.v1.UnloadModelRequest\x1a!.shardlift.v1.UnloadModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,52 +35,52 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOADOPTIONS_DEVICEMAPBYMODULEENTRY']._serialized_options = b'8\001'
   _globals['_LOADOPTIONS_MAXMEMORYENTRY']._loaded_options = None
   _globals['_LOADOPTIONS_MAXMEMORYENTRY']._serialized_options = b'8\001'
-  _globals['_MODELSTATE']._serialized_start=2651
-  _globals['_MODELSTATE']._serialized_end=2796
-  _globals['_MODELSOURCE']._serialized_start=82
-  _globals['_MODELSOURCE']._serialized_end=246
-  _globals['_LOADOPTIONS']._serialized_start=249
-  _globals['_LOADOPTIONS']._serialized_end=742
-  _globals['_LOADOPTIONS_DEVICEMAPBYMODULEENTRY']._serialized_start=636
-  _globals['_LOADOPTIONS_DEVICEMAPBYMODULEENTRY']._serialized_end=692
-  _globals['_LOADOPTIONS_MAXMEMORYENTRY']._serialized_start=694
-  _globals['_LOADOPTIONS_MAXMEMORYENTRY']._serialized_end=742
-  _globals['_PLANMODELREQUEST']._serialized_start=744
-  _globals['_PLANMODELREQUEST']._serialized_end=849
-  _globals['_PLANMODELRESPONSE']._serialized_start=851
-  _globals['_PLANMODELRESPONSE']._serialized_end=904
-  _globals['_LOADMODELREQUEST']._serialized_start=906
-  _globals['_LOADMODELREQUEST']._serialized_end=1025
-  _globals['_LOADMODELRESPONSE']._serialized_start=1028
-  _globals['_LOADMODELRESPONSE']._serialized_end=1296
-  _globals['_LOADSTARTED']._serialized_start=1298
-  _globals['_LOADSTARTED']._serialized_end=1341
-  _globals['_STAGEPLACED']._serialized_start=1343
-  _globals['_STAGEPLACED']._serialized_end=1401
-  _globals['_STAGEPROGRESS']._serialized_start=1404
-  _globals['_STAGEPROGRESS']._serialized_end=1557
-  _globals['_PLAN']._serialized_start=1560
-  _globals['_PLAN']._serialized_end=1732
-  _globals['_STAGEPLAN']._serialized_start=1735
-  _globals['_STAGEPLAN']._serialized_end=1946
-  _globals['_MODELINFO']._serialized_start=1949
-  _globals['_MODELINFO']._serialized_end=2203
-  _globals['_STAGERESIDENCY']._serialized_start=2205
-  _globals['_STAGERESIDENCY']._serialized_end=2331
-  _globals['_MODULERESIDENCY']._serialized_start=2333
-  _globals['_MODULERESIDENCY']._serialized_end=2412
-  _globals['_LISTMODELSREQUEST']._serialized_start=2414
-  _globals['_LISTMODELSREQUEST']._serialized_end=2433
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2435
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2496
-  _globals['_GETMODELREQUEST']._serialized_start=2498
-  _globals['_GETMODELREQUEST']._serialized_end=2529
-  _globals['_GETMODELRESPONSE']._serialized_start=2531
-  _globals['_GETMODELRESPONSE']._serialized_end=2589
-  _globals['_UNLOADMODELREQUEST']._serialized_start=2591
-  _globals['_UNLOADMODELREQUEST']._serialized_end=2625
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=2627
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=2648
-  _globals['_MODELREGISTRYSERVICE']._serialized_start=2799
-  _globals['_MODELREGISTRYSERVICE']._serialized_end=3219
+  _globals['_MODELSTATE']._serialized_start=2561
+  _globals['_MODELSTATE']._serialized_end=2706
+  _globals['_MODELSOURCE']._serialized_start=52
+  _globals['_MODELSOURCE']._serialized_end=216
+  _globals['_LOADOPTIONS']._serialized_start=219
+  _globals['_LOADOPTIONS']._serialized_end=652
+  _globals['_LOADOPTIONS_DEVICEMAPBYMODULEENTRY']._serialized_start=546
+  _globals['_LOADOPTIONS_DEVICEMAPBYMODULEENTRY']._serialized_end=602
+  _globals['_LOADOPTIONS_MAXMEMORYENTRY']._serialized_start=604
+  _globals['_LOADOPTIONS_MAXMEMORYENTRY']._serialized_end=652
+  _globals['_PLANMODELREQUEST']._serialized_start=654
+  _globals['_PLANMODELREQUEST']._serialized_end=759
+  _globals['_PLANMODELRESPONSE']._serialized_start=761
+  _globals['_PLANMODELRESPONSE']._serialized_end=814
+  _globals['_LOADMODELREQUEST']._serialized_start=816
+  _globals['_LOADMODELREQUEST']._serialized_end=935
+  _globals['_LOADMODELRESPONSE']._serialized_start=938
+  _globals['_LOADMODELRESPONSE']._serialized_end=1206
+  _globals['_LOADSTARTED']._serialized_start=1208
+  _globals['_LOADSTARTED']._serialized_end=1251
+  _globals['_STAGEPLACED']._serialized_start=1253
+  _globals['_STAGEPLACED']._serialized_end=1311
+  _globals['_STAGEPROGRESS']._serialized_start=1314
+  _globals['_STAGEPROGRESS']._serialized_end=1467
+  _globals['_PLAN']._serialized_start=1470
+  _globals['_PLAN']._serialized_end=1642
+  _globals['_STAGEPLAN']._serialized_start=1645
+  _globals['_STAGEPLAN']._serialized_end=1856
+  _globals['_MODELINFO']._serialized_start=1859
+  _globals['_MODELINFO']._serialized_end=2113
+  _globals['_STAGERESIDENCY']._serialized_start=2115
+  _globals['_STAGERESIDENCY']._serialized_end=2241
+  _globals['_MODULERESIDENCY']._serialized_start=2243
+  _globals['_MODULERESIDENCY']._serialized_end=2322
+  _globals['_LISTMODELSREQUEST']._serialized_start=2324
+  _globals['_LISTMODELSREQUEST']._serialized_end=2343
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2345
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2406
+  _globals['_GETMODELREQUEST']._serialized_start=2408
+  _globals['_GETMODELREQUEST']._serialized_end=2439
+  _globals['_GETMODELRESPONSE']._serialized_start=2441
+  _globals['_GETMODELRESPONSE']._serialized_end=2499
+  _globals['_UNLOADMODELREQUEST']._serialized_start=2501
+  _globals['_UNLOADMODELREQUEST']._serialized_end=2535
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=2537
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=2558
+  _globals['_MODELREGISTRYSERVICE']._serialized_start=2709
+  _globals['_MODELREGISTRYSERVICE']._serialized_end=3129
 # @@protoc_insertion_point(module_scope)

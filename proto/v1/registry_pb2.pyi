@@ -1,4 +1,3 @@
-from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -42,7 +41,7 @@ class ModelSource(_message.Message):
     def __init__(self, path: _Optional[str] = ..., revision: _Optional[str] = ..., subfolder: _Optional[str] = ..., variant: _Optional[str] = ..., token: _Optional[str] = ..., hub_endpoint: _Optional[str] = ..., cache_dir: _Optional[str] = ..., trust_remote_code: _Optional[bool] = ...) -> None: ...
 
 class LoadOptions(_message.Message):
-    __slots__ = ("quantization_config", "dtype", "attn_implementation", "config", "config_overrides", "device_map", "device_map_by_module", "max_memory", "num_stages")
+    __slots__ = ("quantization_config_json", "dtype", "attn_implementation", "config_json", "config_overrides_json", "device_map", "device_map_by_module", "max_memory", "num_stages")
     class DeviceMapByModuleEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -57,25 +56,25 @@ class LoadOptions(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
-    QUANTIZATION_CONFIG_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     ATTN_IMPLEMENTATION_FIELD_NUMBER: _ClassVar[int]
-    CONFIG_FIELD_NUMBER: _ClassVar[int]
-    CONFIG_OVERRIDES_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_OVERRIDES_JSON_FIELD_NUMBER: _ClassVar[int]
     DEVICE_MAP_FIELD_NUMBER: _ClassVar[int]
     DEVICE_MAP_BY_MODULE_FIELD_NUMBER: _ClassVar[int]
     MAX_MEMORY_FIELD_NUMBER: _ClassVar[int]
     NUM_STAGES_FIELD_NUMBER: _ClassVar[int]
-    quantization_config: _struct_pb2.Struct
+    quantization_config_json: str
     dtype: str
     attn_implementation: str
-    config: _struct_pb2.Struct
-    config_overrides: _struct_pb2.Struct
+    config_json: str
+    config_overrides_json: str
     device_map: str
     device_map_by_module: _containers.ScalarMap[str, str]
     max_memory: _containers.ScalarMap[str, str]
     num_stages: int
-    def __init__(self, quantization_config: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., dtype: _Optional[str] = ..., attn_implementation: _Optional[str] = ..., config: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., config_overrides: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., device_map: _Optional[str] = ..., device_map_by_module: _Optional[_Mapping[str, str]] = ..., max_memory: _Optional[_Mapping[str, str]] = ..., num_stages: _Optional[int] = ...) -> None: ...
+    def __init__(self, quantization_config_json: _Optional[str] = ..., dtype: _Optional[str] = ..., attn_implementation: _Optional[str] = ..., config_json: _Optional[str] = ..., config_overrides_json: _Optional[str] = ..., device_map: _Optional[str] = ..., device_map_by_module: _Optional[_Mapping[str, str]] = ..., max_memory: _Optional[_Mapping[str, str]] = ..., num_stages: _Optional[int] = ...) -> None: ...
 
 class PlanModelRequest(_message.Message):
     __slots__ = ("source", "options")

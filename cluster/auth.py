@@ -1,0 +1,71 @@
+"""The gateway's token: made once, kept in a file of its user's, compared in constant time."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import grpc
+import grpc.aio
+
+from ..proto.v1.errors import AuthenticationError, InvalidRequestError
+from ..proto.v1.status import to_status
+
+_OPEN_SERVICES = ("/grpc.health.v1.Health/",)
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1", "[::1]") or host.startswith("127.")
+
+
+def keep_token(folder: Path, token: str | None) -> Path:
+    """Writes `token`, or a new one, to a file that only its user may read; an existing one stays unless another is
+    given. Gives the file's path."""
+    file = folder / "token"
+    if token is None and file.exists():
+        return file
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".token.{os.getpid()}"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as stream:
+        stream.write(token or secrets.token_urlsafe(32))
+    os.replace(temporary, file)
+    return file
+
+
+def read_token(file: str | None) -> str | None:
+    if file is None:
+        return None
+    token = Path(file).read_text().strip()
+    if not token:
+        raise InvalidRequestError(f"the token file {file} is empty: remove it, or write a token into it")
+    return token
+
+
+class TokenInterceptor(grpc.aio.ServerInterceptor):
+    """Lets in calls with `authorization: Bearer <token>`; health checks need none."""
+
+    def __init__(self, token: str) -> None:
+        self._expected = f"Bearer {token}".encode()
+
+        async def refuse(request: object, context: grpc.aio.ServicerContext) -> None:
+            await context.abort_with_status(
+                to_status(
+                    AuthenticationError("the gateway wants a token, and got none or a wrong one: set SHARDLIFT_TOKEN")
+                )
+            )
+
+        self._refusal = grpc.stream_stream_rpc_method_handler(refuse)
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        given = str(dict(details.invocation_metadata or ()).get("authorization", ""))
+        if details.method.startswith(_OPEN_SERVICES) or hmac.compare_digest(given.encode(), self._expected):
+            return await continuation(details)
+        return self._refusal

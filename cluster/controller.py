@@ -1,0 +1,83 @@
+"""The detached actor that owns loads and the registry, with the gateway in front of it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from ..proto.v1.errors import InvalidRequestError, ShardliftError, one_line
+from .auth import read_token
+from .gateway import Gateway
+from .placement import NAMESPACE
+
+logger = logging.getLogger(__name__)
+
+ACTOR_NAME = "controller"
+# Ray gives this resource to the head node alone.
+_HEAD_RESOURCE = "node:__internal_head__"
+_START_TIMEOUT_S = 120.0
+
+
+class Controller:
+    """Runs the gateway. Restarted by Ray when its process dies; finds the resident models by their workers."""
+
+    async def __init__(self, host: str, port: int, token_file: str | None) -> None:
+        self._gateway = Gateway(read_token(token_file))
+        self._address = await self._gateway.start(host, port)
+        await self._gateway.registry.recover()
+
+    async def address(self) -> str:
+        return self._address
+
+    async def shutdown(self, unload: bool) -> None:
+        """Stops serving. Models go with it only if `unload`."""
+        await self._gateway.stop(unload=unload)
+
+
+def start_controller(host: str, port: int, token_file: str | None) -> str:
+    """The address of this cluster's gateway, started if there is none. Needs a connection to Ray.
+
+    Raises InvalidRequestError where it can't listen.
+    """
+    controller = ray.remote(Controller).options(
+        name=ACTOR_NAME,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0,
+        resources={_HEAD_RESOURCE: 0.001},
+        max_restarts=-1,
+        max_concurrency=1000,
+    )
+    handle = controller.remote(host, port, token_file)
+    try:
+        return str(ray.get(handle.address.remote(), timeout=_START_TIMEOUT_S))
+    except (RayTaskError, RayActorError) as error:
+        # Ray would go on restarting what can't start.
+        ray.kill(handle, no_restart=True)
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, ShardliftError):
+            raise cause from None
+        raise InvalidRequestError(f"the gateway could not start on {host}:{port}: {_last_line(error)}") from None
+
+
+def stop_controller(*, unload: bool) -> bool:
+    """Stops this cluster's gateway; False if there was none."""
+    try:
+        handle: Any = ray.get_actor(ACTOR_NAME, namespace=NAMESPACE)
+    except ValueError:
+        return False
+    try:
+        ray.get(handle.shutdown.remote(unload), timeout=60)
+    except RayError as error:
+        logger.warning("the gateway did not stop by itself: %s", one_line(error, 200))
+    ray.kill(handle, no_restart=True)
+    return True
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error:" in line), lines[-1] if lines else "")[:300]

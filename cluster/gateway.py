@@ -1,0 +1,219 @@
+"""The gRPC server in front of the registry and of the models' last stages."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from ..proto.v1 import inference_pb2, inference_pb2_grpc, registry_pb2, registry_pb2_grpc
+from ..proto.v1.errors import InternalError, InvalidRequestError
+from ..proto.v1.status import to_error, to_status
+from ..proto.v1.tensor_pb2 import Tensor
+from ..proto.v1.wire import CHANNEL_OPTIONS
+from .auth import TokenInterceptor
+from .registry import Registry, Route, stage_error
+from .tokenizer import Detokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class Gateway:
+    """Serves one registry on one address until `stop`."""
+
+    def __init__(self, token: str | None) -> None:
+        self.registry = Registry(self._changed)
+        self._health = health.aio.HealthServicer()
+        self._health_tasks: set[Any] = set()
+        self._server = grpc.aio.server(
+            interceptors=[TokenInterceptor(token)] if token else [],
+            options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)],
+        )
+        registry_pb2_grpc.add_ModelRegistryServiceServicer_to_server(_RegistryService(self.registry), self._server)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(_InferenceService(self.registry), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        services = (
+            registry_pb2.DESCRIPTOR.services_by_name["ModelRegistryService"].full_name,
+            inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+            health.SERVICE_NAME,
+            reflection.SERVICE_NAME,
+        )
+        reflection.enable_server_reflection(services, self._server)
+
+    async def start(self, host: str, port: int) -> str:
+        """Listens; gives "host:port". `port` 0 takes a free one. Raises InvalidRequestError when it is taken."""
+        try:
+            bound = self._server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError:
+            bound = 0
+        if not bound:
+            raise InvalidRequestError(
+                f"port {port} of {host} can't be listened on: another program has it; choose another with --port"
+            )
+        await self._server.start()
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        return f"{host}:{bound}"
+
+    async def stop(self, *, unload: bool, grace_s: float = 1.0) -> None:
+        await self._health.enter_graceful_shutdown()
+        await self.registry.close(unload=unload)
+        await self._server.stop(grace_s)
+
+    def _changed(self, name: str, ready: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        task = asyncio.ensure_future(self._health.set(name, status))
+        self._health_tasks.add(task)
+        task.add_done_callback(self._health_tasks.discard)
+
+
+class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    async def PlanModel(
+        self, request: registry_pb2.PlanModelRequest, context: grpc.aio.ServicerContext
+    ) -> registry_pb2.PlanModelResponse:
+        try:
+            return registry_pb2.PlanModelResponse(plan=await self._registry.plan(request.source, request.options))
+        except Exception as error:
+            return await _abort(context, error)
+
+    async def LoadModel(
+        self, request: registry_pb2.LoadModelRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[registry_pb2.LoadModelResponse]:
+        events = self._registry.load(request)
+        try:
+            async for event in events:
+                yield event
+        except Exception as error:
+            await _abort(context, error)
+        finally:
+            # Where the client has gone, the load must end now, not when the generator is collected.
+            await events.aclose()  # type: ignore[attr-defined]
+
+    async def ListModels(
+        self, request: registry_pb2.ListModelsRequest, context: grpc.aio.ServicerContext
+    ) -> registry_pb2.ListModelsResponse:
+        return registry_pb2.ListModelsResponse(models=self._registry.models())
+
+    async def GetModel(
+        self, request: registry_pb2.GetModelRequest, context: grpc.aio.ServicerContext
+    ) -> registry_pb2.GetModelResponse:
+        try:
+            return registry_pb2.GetModelResponse(model=self._registry.model(request.name))
+        except Exception as error:
+            return await _abort(context, error)
+
+    async def UnloadModel(
+        self, request: registry_pb2.UnloadModelRequest, context: grpc.aio.ServicerContext
+    ) -> registry_pb2.UnloadModelResponse:
+        try:
+            await self._registry.unload(request.name)
+        except Exception as error:
+            return await _abort(context, error)
+        return registry_pb2.UnloadModelResponse()
+
+
+class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
+    """Passes messages on between a client and a model's last stage; turns text into ids and back on the way."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        try:
+            route = self._registry.route(request.model)
+            text = await self._tokenize(request)
+            async for response in _relay(route, route.stub.Generate, request, context):
+                for out in [response] if text is None else text.follow(response):
+                    yield out
+        except Exception as error:
+            await _abort(context, error)
+
+    async def _tokenize(self, request: inference_pb2.GenerateRequest) -> _TextStream | None:
+        """Puts token ids in the place of text; gives what turns the answer back, or None where ids were sent."""
+        kind = request.WhichOneof("input")
+        if kind == "input_ids":
+            return None
+        if kind is None:
+            raise InvalidRequestError("the request has no input: send input_ids, a prompt or a conversation")
+        tokenizer = await self._registry.tokenizer(request.model)
+        if kind == "prompt":
+            ids = tokenizer.encode(request.prompt)
+        else:
+            messages = [{"role": message.role, "content": message.content} for message in request.conversation.messages]
+            ids = tokenizer.encode_chat(messages)
+        if not ids:
+            raise InvalidRequestError("the prompt has no tokens: write something")
+        data = b"".join(token.to_bytes(8, "little", signed=True) for token in ids)
+        request.input_ids.CopyFrom(Tensor(shape=[1, len(ids)], dtype="int64", data=data))
+        request.ClearField("attention_mask")
+        return _TextStream(ids, tokenizer.decoder())
+
+    async def Forward(
+        self, request_iterator: AsyncIterator[inference_pb2.ForwardRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[inference_pb2.ForwardResponse]:
+        try:
+            first = await anext(aiter(request_iterator), None)
+            if first is None:
+                return
+            route = self._registry.route(first.model)
+
+            async def requests() -> AsyncIterator[inference_pb2.ForwardRequest]:
+                yield first
+                async for request in request_iterator:
+                    yield request
+
+            async for response in _relay(route, route.stub.Forward, requests(), context):
+                yield response
+        except Exception as error:
+            await _abort(context, error)
+
+
+class _TextStream:
+    """Adds text to the steps of a one-row generation."""
+
+    def __init__(self, prompt_ids: list[int], decoder: Detokenizer) -> None:
+        self._prompt_ids = prompt_ids
+        self._decoder = decoder
+
+    def follow(self, response: inference_pb2.GenerateResponse) -> list[inference_pb2.GenerateResponse]:
+        kind = response.WhichOneof("event")
+        if kind == "accepted":
+            if response.accepted.batch != 1:
+                raise InvalidRequestError("text is generated one row at a time: num_return_sequences must be 1")
+            response.accepted.prompt_ids.extend(self._prompt_ids)
+        elif kind == "step" and response.step.token_ids:
+            response.step.text = self._decoder.add(response.step.token_ids[0])
+        elif kind == "finished" and (rest := self._decoder.finish()):
+            return [inference_pb2.GenerateResponse(step=inference_pb2.GeneratedStep(text=rest)), response]
+        return [response]
+
+
+async def _relay(
+    route: Route, method: Callable[..., Any], request: Any, context: grpc.aio.ServicerContext
+) -> AsyncIterator[Any]:
+    """A stage's answers to `request`, under the client's own deadline; the call ends with the client's."""
+    call = method(request, metadata=route.metadata, timeout=context.time_remaining())
+    try:
+        async for response in call:
+            yield response
+    except grpc.aio.AioRpcError as error:
+        raise stage_error(error, route.address) from None
+    finally:
+        call.cancel()
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> Any:
+    ours = to_error(error)
+    if isinstance(ours, InternalError):
+        logger.error("request failed", exc_info=error)
+    await context.abort_with_status(to_status(ours))

@@ -1,0 +1,82 @@
+"""Requests as they come over the wire, checked and made into the planner's values."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from ..proto.v1 import registry_pb2
+from ..proto.v1.errors import InvalidRequestError, UnsupportedModelError
+from .checkpoint import CheckpointRequest
+from .plan import PlanOptions
+from .planning import ModelOptions
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+def checkpoint_request(source: registry_pb2.ModelSource) -> CheckpointRequest:
+    """Raises UnsupportedModelError for trust_remote_code, which this gateway doesn't allow."""
+    if source.trust_remote_code:
+        raise UnsupportedModelError(
+            "trust_remote_code=True is refused by this gateway: it runs no code of a checkpoint"
+        )
+    return CheckpointRequest(
+        path=source.path,
+        revision=source.revision or "main",
+        subfolder=source.subfolder,
+        variant=source.variant,
+        hub_endpoint=source.hub_endpoint.rstrip("/"),
+    )
+
+
+def access_token(source: registry_pb2.ModelSource) -> str | None:
+    """The token for the Hub: the request's own; else the cluster's, but never to a Hub that the request named."""
+    if source.token:
+        return source.token
+    return "" if source.hub_endpoint else None
+
+
+def model_options(options: registry_pb2.LoadOptions) -> ModelOptions:
+    return ModelOptions(
+        dtype=options.dtype or "auto",
+        quantization=_json_object(options.quantization_config_json, "quantization_config"),
+        attn_implementation=options.attn_implementation or None,
+        config=_json_object(options.config_json, "config"),
+        config_overrides=_json_object(options.config_overrides_json, "config_overrides"),
+    )
+
+
+def plan_options(options: registry_pb2.LoadOptions) -> PlanOptions:
+    return PlanOptions(
+        device_map=options.device_map or "auto",
+        by_module=dict(options.device_map_by_module) or None,
+        max_memory=dict(options.max_memory) or None,
+        num_stages=options.num_stages,
+    )
+
+
+def model_name(name: str, path: str) -> str:
+    """The name in the registry: the one given, checked, or one made from the path. Raises InvalidRequestError."""
+    if name:
+        if not _NAME.fullmatch(name):
+            raise InvalidRequestError(
+                f"{name[:80]!r} can't be a model's name: use up to 63 letters, digits, '.', '_' and '-', "
+                "beginning with a letter or digit"
+            )
+        return name
+    derived = re.sub(r"[^A-Za-z0-9._-]+", "-", path.rstrip("/").rsplit("/", 1)[-1]).strip("-._")[:63]
+    if not derived:
+        raise InvalidRequestError(f"no name can be made from path {path!r}: give one")
+    return derived
+
+
+def _json_object(text: str, name: str) -> dict[str, Any] | None:
+    """The object that `text` is; None for none or an empty one. Raises InvalidRequestError."""
+    try:
+        value = json.loads(text) if text else None
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"{name} is not JSON: {error}") from None
+    if value is not None and not isinstance(value, dict):
+        raise InvalidRequestError(f"{name} is a JSON {type(value).__name__}, not an object")
+    return value or None
