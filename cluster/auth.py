@@ -52,7 +52,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         self._expected = f"Bearer {token}".encode()
 
         async def refuse(request: object, context: grpc.aio.ServicerContext) -> None:
-            await context.abort_with_status(
+            await context.abort_with_status(  # type: ignore[attr-defined] # missing in grpc-stubs
                 to_status(
                     AuthenticationError("the gateway wants a token, and got none or a wrong one: set SHARDLIFT_TOKEN")
                 )

@@ -17,7 +17,7 @@ from ..proto.v1.errors import (
     UnsupportedModelError,
 )
 from ..worker.headers import header_length, parse_header
-from ..worker.records import FileVersion, SourceSpec, TensorRecord
+from ..worker.records import FileVersion, HubToken, SourceSpec, TensorRecord
 from ..worker.sources import Source, open_source
 from .hub import resolve_commit
 
@@ -49,7 +49,7 @@ class Checkpoint:
     versions: Mapping[str, FileVersion]
 
 
-def resolve_source(request: CheckpointRequest, token: str | None) -> SourceSpec:
+def resolve_source(request: CheckpointRequest, token: HubToken) -> SourceSpec:
     """The source that `request` means, its revision resolved to a commit, once and for all workers."""
     path = request.path.strip()
     if not path:
@@ -71,7 +71,7 @@ def resolve_source(request: CheckpointRequest, token: str | None) -> SourceSpec:
     )
 
 
-def read_checkpoint(request: CheckpointRequest, token: str | None) -> Checkpoint:
+def read_checkpoint(request: CheckpointRequest, token: HubToken) -> Checkpoint:
     """Reads config and headers. Raises the errors of sources and headers, and UnsupportedModelError."""
     spec = resolve_source(request, token)
     source = open_source(spec, token)

@@ -24,7 +24,9 @@ _START_TIMEOUT_S = 120.0
 class Controller:
     """Runs the gateway. Restarted by Ray when its process dies; finds the resident models by their workers."""
 
-    async def __init__(self, host: str, port: int, token_file: str | None) -> None:
+    async def __init__(  # type: ignore[misc] # Ray awaits it
+        self, host: str, port: int, token_file: str | None
+    ) -> None:
         self._gateway = Gateway(read_token(token_file))
         self._address = await self._gateway.start(host, port)
         await self._gateway.registry.recover()

@@ -29,7 +29,7 @@ class Gateway:
 
     def __init__(self, token: str | None) -> None:
         self.registry = Registry(self._changed)
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined] # missing in grpc-stubs
         self._health_tasks: set[Any] = set()
         self._server = grpc.aio.server(
             interceptors=[TokenInterceptor(token)] if token else [],
@@ -216,4 +216,4 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> Any:
     ours = to_error(error)
     if isinstance(ours, InternalError):
         logger.error("request failed", exc_info=error)
-    await context.abort_with_status(to_status(ours))
+    await context.abort_with_status(to_status(ours))  # type: ignore[attr-defined] # missing in grpc-stubs

@@ -13,10 +13,11 @@ from huggingface_hub.errors import (
 )
 
 from ..proto.v1.errors import CheckpointNotFoundError, GatedCheckpointError, SourceError, one_line
+from ..worker.records import HubToken
 from ..worker.sources.answers import redact
 
 
-def resolve_commit(repo_id: str, revision: str, *, endpoint: str | None, token: str | None) -> str:
+def resolve_commit(repo_id: str, revision: str, *, endpoint: str | None, token: HubToken) -> str:
     """The commit that `revision` means now. Raises CheckpointNotFoundError, GatedCheckpointError and SourceError."""
     api = HfApi(endpoint=endpoint, token=token)
     where = api.endpoint

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..proto.v1 import registry_pb2
-from ..proto.v1.errors import InvalidDeviceMapError, InvalidRequestError
+from ..proto.v1.errors import InvalidDeviceMapError, InvalidRequestError, OutOfMemoryError
 from ..worker.anatomy import Cut, Place
 from . import partition
 from .devices import Device, find_device, limit_memory, share_cpus
@@ -105,10 +106,7 @@ def make_plan(model: str, commit: str, outline: ModelOutline, devices: Sequence[
 def _by_strategy(
     sizes: ModelSizes, devices: Sequence[Device], options: PlanOptions
 ) -> tuple[Sequence[Device], list[tuple[int, int]]]:
-    if options.device_map == "cpu":
-        devices = [device for device in devices if device.kind == "cpu"]
-        if not devices:
-            raise InvalidDeviceMapError('device_map="cpu", but no node offers a CPU worker')
+    devices = _eligible(devices, options.device_map)
     if options.num_stages:
         devices = share_cpus(devices, options.num_stages)
         if options.num_stages > len(devices):
@@ -117,24 +115,33 @@ def _by_strategy(
             )
     devices = limit_memory(devices, options.max_memory or {})
     if not devices:
-        raise InvalidDeviceMapError("max_memory leaves no device to use")
+        raise InvalidDeviceMapError("max_memory leaves no device to use: name one, with more than 0 bytes")
     if options.num_stages:
         if options.num_stages > len(devices):
             raise InvalidRequestError(f"num_stages={options.num_stages}, but max_memory leaves {len(devices)} devices")
+        if options.device_map == "balanced_low_0" and options.num_stages < len(devices):
+            devices = devices[1:]
         # The largest ones, in the cluster's order.
         kept = sorted(range(len(devices)), key=lambda index: (-devices[index].capacity_bytes, index))
         devices = [devices[index] for index in sorted(kept[: options.num_stages])]
         return devices, partition.balanced(sizes, devices)
     if options.device_map == "sequential":
-        return _used(devices, partition.sequential(sizes, devices))
+        return partition.sequential(sizes, devices)
     if options.device_map == "balanced_low_0" and len(devices) > 1:
         # accelerate's meaning: leave the first device free for other work, as far as the rest suffices.
-        return partition.fit(sizes, devices[1:])
+        with contextlib.suppress(OutOfMemoryError):
+            return partition.fit(sizes, devices[1:])
     return partition.fit(sizes, devices)
 
 
-def _used(devices: Sequence[Device], runs: list[tuple[int, int]]) -> tuple[Sequence[Device], list[tuple[int, int]]]:
-    return devices[: len(runs)], runs
+def _eligible(devices: Sequence[Device], device_map: str) -> Sequence[Device]:
+    """The devices that a strategy may use: GPUs (or their slots) where there are any, as accelerate has it."""
+    if device_map == "cpu":
+        cpus = [device for device in devices if device.kind == "cpu"]
+        if not cpus:
+            raise InvalidDeviceMapError('device_map="cpu", but no node offers a CPU worker')
+        return cpus
+    return [device for device in devices if device.kind == "cuda" or device.slots] or devices
 
 
 def _by_module(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..proto.v1.errors import InvalidRequestError
+from ..worker.records import HubToken
 from ..worker.spec import StageSpec
 from .checkpoint import Checkpoint, CheckpointRequest, read_checkpoint
 from .devices import Device
@@ -65,7 +66,7 @@ class PlannedModel:
 
 def plan_model(
     request: CheckpointRequest,
-    token: str | None,
+    token: HubToken,
     options: ModelOptions,
     spread: PlanOptions,
     devices: Sequence[Device],

@@ -28,7 +28,7 @@ from ..proto.v1.errors import (
 from ..proto.v1.status import from_rpc_error, to_error
 from ..proto.v1.tensor_pb2 import Tensor
 from ..proto.v1.wire import CHANNEL_OPTIONS
-from ..worker.records import SourceSpec
+from ..worker.records import HubToken, SourceSpec
 from ..worker.service import SECRET_HEADER
 from ..worker.spec import LoadReport, StageSpec
 from . import requests
@@ -83,7 +83,7 @@ class Route:
         raise InternalError("the canary came back without logits")
 
     async def close(self) -> None:
-        await self._channel.close()
+        await self._channel.close(None)
 
 
 def stage_error(error: grpc.aio.AioRpcError, address: str) -> Exception:
@@ -304,7 +304,7 @@ async def _device(worker: Any, index: int, planned: str) -> str:
 async def _load_stages(
     workers: list[Any],
     specs: list[StageSpec],
-    token: str | None,
+    token: HubToken,
     events: asyncio.Queue[registry_pb2.LoadModelResponse | None],
 ) -> list[LoadReport]:
     """Loads all stages at once, telling how far each is. The first failure is raised."""
@@ -357,7 +357,7 @@ def _residency(index: int, report: LoadReport) -> registry_pb2.StageResidency:
     )
 
 
-async def _tokenizer_or_none(source: SourceSpec, token: str | None) -> Tokenizer | None:
+async def _tokenizer_or_none(source: SourceSpec, token: HubToken) -> Tokenizer | None:
     """Read now, while the token is at hand. A checkpoint may well have none: a text request will say so."""
     try:
         return await asyncio.to_thread(Tokenizer, source, token)

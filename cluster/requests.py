@@ -8,6 +8,7 @@ from typing import Any
 
 from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import InvalidRequestError, UnsupportedModelError
+from ..worker.records import HubToken
 from .checkpoint import CheckpointRequest
 from .plan import PlanOptions
 from .planning import ModelOptions
@@ -30,11 +31,11 @@ def checkpoint_request(source: registry_pb2.ModelSource) -> CheckpointRequest:
     )
 
 
-def access_token(source: registry_pb2.ModelSource) -> str | None:
+def access_token(source: registry_pb2.ModelSource) -> HubToken:
     """The token for the Hub: the request's own; else the cluster's, but never to a Hub that the request named."""
     if source.token:
         return source.token
-    return "" if source.hub_endpoint else None
+    return False if source.hub_endpoint else None
 
 
 def model_options(options: registry_pb2.LoadOptions) -> ModelOptions:

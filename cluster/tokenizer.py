@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..proto.v1.errors import CheckpointNotFoundError, InvalidRequestError, one_line
-from ..worker.records import SourceSpec
+from ..worker.records import HubToken, SourceSpec
 from ..worker.sources import open_source
 from .checkpoint import read_file
 
@@ -33,7 +33,7 @@ _FILE_LIMIT_BYTES = 128 << 20
 class Tokenizer:
     """Text to ids and back. Loaded whole into memory: no file of it stays on disk."""
 
-    def __init__(self, spec: SourceSpec, token: str | None) -> None:
+    def __init__(self, spec: SourceSpec, token: HubToken) -> None:
         """Raises InvalidRequestError where the checkpoint has no tokenizer that transformers can load."""
         from transformers import AutoTokenizer
 

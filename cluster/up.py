@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="shardlift.cluster.up", description=__doc__)
     parser.add_argument("--json", action="store_true", help="accepted for symmetry: the output is always JSON")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT)
+    parser.add_argument("--port", type=int, default=int(os.environ.get("SHARDLIFT_PORT") or DEFAULT_PORT))
     parser.add_argument("--ray-address")
     parser.add_argument("--num-cpus", type=int)
     parser.add_argument("--num-gpus", type=int)
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
             _join(options.ray_address)
         else:
             _start_ray(options.num_cpus, options.num_gpus)
-        address = start_controller(options.host, options.port, token_file and str(token_file))
+        address = start_controller(options.host, options.port, None if token_file is None else str(token_file))
     except Exception as error:
         ours = to_error(error)
         print(json.dumps({"error": type(ours).__name__, "message": str(ours)}), flush=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before huggingface_hub is imported: nothing may ask the public Hub.
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -11,6 +13,10 @@ os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.support.cluster import RunningCluster
+    from tests.support.hub import HubServer
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINTS = Path(os.environ.get("SHARDLIFT_TEST_CACHE", ROOT / ".cache")) / "checkpoints"
@@ -33,6 +39,25 @@ def smollm2_folder() -> Path:
     from tests.support.checkpoints import smollm2
 
     return smollm2(CHECKPOINTS)
+
+
+@pytest.fixture(scope="session")
+def hub(smollm2_folder: Path) -> Iterator[HubServer]:
+    """A Hub with the real model at org/smollm2."""
+    from tests.support.hub import HubServer
+
+    with HubServer() as server:
+        server.add_repo("org/smollm2", smollm2_folder)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
+    """Three Ray nodes on this machine, with a gateway."""
+    from tests.support.cluster import running_cluster
+
+    with running_cluster(tmp_path_factory.mktemp("cluster")) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ import ray
 from ..proto.v1.errors import InternalError
 from ..proto.v1.status import to_error
 from .loader import LoadProgress, load_stage
+from .records import HubToken
 from .service import StageServer
 from .spec import LoadReport, StageSpec
 
@@ -45,7 +46,7 @@ class StageWorker:
             return f"cuda:{ray.get_gpu_ids()[0]}"
         return "cpu"
 
-    async def load(self, token: str | None) -> LoadReport:
+    async def load(self, token: HubToken) -> LoadReport:
         """Loads the stage and begins to serve it. Idempotent: a second call gives the first one's report."""
         if self._report is not None:
             return self._report

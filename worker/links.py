@@ -130,7 +130,7 @@ class Link:
         if call is not None:
             call.cancel()
         if channel is not None:
-            await channel.close()
+            await channel.close(None)
 
 
 def _reason(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from ..proto.v1.errors import LoadCancelledError
 from .anatomy import anatomy_of
 from .fetch import RecordStream
-from .records import DTYPES, TensorRecord
+from .records import DTYPES, HubToken, TensorRecord
 from .residency import measure
 from .skeleton import KeyMap, LazyTensor, build_skeleton, cut_skeleton, load_weights, loading_order, parse_config
 from .sources import open_source
@@ -47,7 +47,7 @@ class LoadProgress:
             raise LoadCancelledError("the load was cancelled")
 
 
-def load_stage(spec: StageSpec, token: str | None, progress: LoadProgress) -> LoadedStage:
+def load_stage(spec: StageSpec, token: HubToken, progress: LoadProgress) -> LoadedStage:
     """Loads the stage that `spec` describes.
 
     Holds no more of the checkpoint at a time than `spec.budget_bytes` and the tensor being converted. Raises the

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
+
+# A token for the Hub, as huggingface_hub takes it: a text, None for the one saved on the machine, False for none.
+HubToken = str | Literal[False] | None
 
 # safetensors' dtype tags -> (torch dtype name, bits an element).
 DTYPES: dict[str, tuple[str, int]] = {

@@ -46,9 +46,9 @@ def _tensors(module: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
         elif isinstance(parameter, Int8Params):
             yield parameter.data, dtype_name(parameter.data.dtype)
             state = getattr(module, "state", None)
-            for statistic in (parameter.CB, parameter.SCB, getattr(state, "CB", None), getattr(state, "SCB", None)):
-                if statistic is not None:
-                    yield statistic, dtype_name(statistic.dtype)
+            for found in (parameter.CB, parameter.SCB, getattr(state, "CB", None), getattr(state, "SCB", None)):
+                if found is not None:
+                    yield found, dtype_name(found.dtype)
         else:
             yield parameter.data, dtype_name(parameter.dtype)
     for buffer in module.buffers(recurse=False):

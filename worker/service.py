@@ -36,7 +36,7 @@ class _SecretInterceptor(grpc.aio.ServerInterceptor):
         self._secret = secret.encode()
 
         async def refuse(request: object, context: grpc.aio.ServicerContext) -> None:
-            await context.abort_with_status(to_status(AuthenticationError("this stage belongs to another model")))
+            await context.abort_with_status(to_status(AuthenticationError("this stage belongs to another model")))  # type: ignore[attr-defined] # missing in grpc-stubs
 
         self._refusal = grpc.stream_stream_rpc_method_handler(refuse)
 
@@ -102,7 +102,7 @@ class _StageService(stage_pb2_grpc.StageServiceServicer):
             while (failure := await failures.get()) is not None:
                 yield failure
             if reading.exception() is not None:
-                await context.abort_with_status(to_status(to_error(reading.exception() or Exception())))
+                await context.abort_with_status(to_status(to_error(reading.exception() or Exception())))  # type: ignore[attr-defined] # missing in grpc-stubs
         finally:
             reading.cancel()
             for session in self._pipeline.forget_sender(send_back):
@@ -304,4 +304,4 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> None:
     ours = to_error(error)
     if ours is not error:
         logger.exception("request failed")
-    await context.abort_with_status(to_status(ours))
+    await context.abort_with_status(to_status(ours))  # type: ignore[attr-defined] # missing in grpc-stubs

@@ -43,7 +43,7 @@ _BY_CODE: dict[int, type[errors.ShardliftError]] = {
 
 def code_of(error: BaseException) -> int:
     """The google.rpc code for `error`; INTERNAL for what is not ours."""
-    return _CODES.get(type(error), code_pb2.INTERNAL)  # type: ignore[arg-type]
+    return _CODES.get(type(error), code_pb2.INTERNAL) if isinstance(error, errors.ShardliftError) else code_pb2.INTERNAL
 
 
 def to_error(error: BaseException) -> errors.ShardliftError:
@@ -72,7 +72,7 @@ def from_rpc_error(error: grpc.RpcError, address: str) -> Exception:
     `address` is named where nobody answered.
     """
     try:
-        status = rpc_status.from_call(error)
+        status = rpc_status.from_call(error)  # type: ignore[arg-type] # what a call raises is a Call, too
     except (ValueError, NotImplementedError, AttributeError):
         status = None
     if status is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...proto.v1.errors import InvalidRequestError
-from ..records import SourceSpec
+from ..records import HubToken, SourceSpec
 from .base import Cancel, Source
 from .folder import FolderSource
 from .hub import HubSource
@@ -13,7 +13,7 @@ from .hub import HubSource
 __all__ = ["Cancel", "FolderSource", "HubSource", "Source", "open_source"]
 
 
-def open_source(spec: SourceSpec, token: str | None) -> Source:
+def open_source(spec: SourceSpec, token: HubToken) -> Source:
     """The source that `spec` describes. `token` is for the Hub alone."""
     match spec.kind:
         case "folder":

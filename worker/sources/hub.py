@@ -30,7 +30,7 @@ from ...proto.v1.errors import (
     SourceError,
     one_line,
 )
-from ..records import FileVersion
+from ..records import FileVersion, HubToken
 from . import answers
 from .base import Cancel, check_name, check_range
 
@@ -80,7 +80,7 @@ class HubSource:
         *,
         subfolder: str = "",
         endpoint: str | None = None,
-        token: str | None = None,
+        token: HubToken = None,
         attempts: int = 6,
         connect_s: float = 10.0,
         stall_s: float = 20.0,

@@ -1,0 +1,169 @@
+"""A model's stages served over real gRPC on loopback, in this process: everything but Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import torch
+
+from shardlift.cluster.checkpoint import CheckpointRequest
+from shardlift.cluster.devices import parse_devices
+from shardlift.cluster.plan import PlanOptions
+from shardlift.cluster.planning import ModelOptions, plan_model
+from shardlift.proto.v1 import inference_pb2, inference_pb2_grpc
+from shardlift.proto.v1.wire import CHANNEL_OPTIONS, Assembly
+from shardlift.worker.loader import LoadProgress, load_stage
+from shardlift.worker.service import SECRET_HEADER, StageServer
+from shardlift.worker.spec import StageSpec
+from shardlift.worker.stage import ResidentStage
+from shardlift.worker.tensors import from_bytes, to_message
+
+SECRET = "the ring's secret"
+
+
+def specs(
+    folder: Path,
+    ends: Sequence[int],
+    *,
+    quantization: Mapping[str, Any] | None = None,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+) -> list[StageSpec]:
+    """Specs of the stages that end before the layers `ends`; the last one takes the rest. On the CPU."""
+    ends = [*ends, -1]
+    options = ModelOptions(dtype=dtype, quantization=quantization, attn_implementation=attn_implementation)
+    request = CheckpointRequest(path=str(folder))
+    layers = len(plan_model(request, None, options, PlanOptions(), parse_devices("1TiB")).layout.outline.sizes.layers)
+    by_module: dict[str, str] = {"": "0"}
+    planned = plan_model(request, None, options, PlanOptions(), parse_devices(f"{len(ends)}x1TiB"))
+    base = next(name for name, place in planned.layout.outline.modules if place.part == "layer").rsplit(".", 1)[0]
+    first = 0
+    for index, end in enumerate(ends):
+        last = layers if end < 0 else end
+        by_module |= {f"{base}.{layer}": str(index) for layer in range(first, last)}
+        first = last
+    for name, place in planned.layout.outline.modules:
+        if place.part == "after":
+            by_module[name] = str(len(ends) - 1)
+    spread = PlanOptions(by_module=by_module)
+    planned = plan_model(request, None, options, spread, parse_devices(f"{len(ends)}x1TiB"))
+    return [replace(spec, device="cpu") for spec in planned.specs("model", "load", SECRET)]
+
+
+class Ring:
+    """The client's side of a ring: what the gateway would do."""
+
+    def __init__(self, stages: list[ResidentStage], servers: list[StageServer], address: str) -> None:
+        self.stages = stages
+        self.servers = servers
+        self.channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
+        self.metadata = [(SECRET_HEADER, SECRET)]
+
+    def session(self) -> ForwardSession:
+        return ForwardSession(self)
+
+    async def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        seed: int | None = None,
+        output_logits: bool = False,
+        **fields: Any,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """New tokens [rows, new], and each step's logits [rows, vocabulary] if asked for."""
+        request = inference_pb2.GenerateRequest(input_ids=to_message(input_ids), seed=seed, output_logits=output_logits)
+        if attention_mask is not None:
+            request.attention_mask.CopyFrom(to_message(attention_mask))
+        request.generation.update(fields)
+        tokens: list[list[int]] = []
+        logits: list[torch.Tensor] = []
+        assembly: Assembly | None = None
+        async for response in self.stub.Generate(request, metadata=self.metadata):
+            kind = response.WhichOneof("event")
+            if kind == "step":
+                tokens.append(list(response.step.token_ids))
+                assembly = Assembly(response.step.logits) if response.step.HasField("logits") else None
+            elif kind == "more":
+                assert assembly is not None
+                assembly.add(response.more)
+            if assembly is not None and assembly.complete:
+                logits.append(from_bytes(assembly.shape, assembly.dtype, assembly.data))
+                assembly = None
+        return torch.tensor(tokens).T, logits
+
+    @property
+    def kv_bytes(self) -> list[int]:
+        return [server.pipeline.kv_bytes for server in self.servers]
+
+    async def idle(self, timeout_s: float = 5.0) -> None:
+        """Returns once no stage holds a session; fails when one still does after `timeout_s`."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while any(server.pipeline.sessions for server in self.servers):
+            assert asyncio.get_running_loop().time() < deadline, f"sessions that ended hold {self.kv_bytes} bytes"
+            await asyncio.sleep(0.01)
+        assert self.kv_bytes == [0] * len(self.servers)
+
+
+class ForwardSession:
+    """One Forward call: passes that share a cache."""
+
+    def __init__(self, ring: Ring) -> None:
+        self._call = ring.stub.Forward(metadata=ring.metadata)
+
+    async def __call__(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        *,
+        use_cache: bool = True,
+        logits_to_keep: int = 0,
+    ) -> torch.Tensor:
+        request = inference_pb2.ForwardRequest(
+            input_ids=to_message(input_ids), use_cache=use_cache, logits_to_keep=logits_to_keep
+        )
+        if attention_mask is not None:
+            request.attention_mask.CopyFrom(to_message(attention_mask))
+        if position_ids is not None:
+            request.position_ids.CopyFrom(to_message(position_ids))
+        await self._call.write(request)
+        response = await self._call.read()
+        if response is grpc.aio.EOF:
+            await self._call  # raises what ended it
+            raise AssertionError("the call ended without an answer")
+        assembly = Assembly(response.logits)
+        while not assembly.complete:
+            assembly.add((await self._call.read()).more)
+        return from_bytes(assembly.shape, assembly.dtype, assembly.data)
+
+    async def close(self) -> None:
+        await self._call.done_writing()
+        assert await self._call.read() is grpc.aio.EOF
+
+
+def load(folder: Path, ends: Sequence[int], **options: Any) -> list[ResidentStage]:
+    return [load_stage(spec, None, LoadProgress()).stage for spec in specs(folder, ends, **options)]
+
+
+@contextlib.asynccontextmanager
+async def serve(stages: list[ResidentStage]) -> AsyncIterator[Ring]:
+    """Serves loaded stages as a closed ring."""
+    servers = [StageServer(stage, secret=SECRET) for stage in stages]
+    addresses = [await server.start("127.0.0.1") for server in servers]
+    for index, server in enumerate(servers):
+        await server.join(addresses[(index + 1) % len(addresses)])
+    ring = Ring(stages, servers, addresses[-1])
+    try:
+        yield ring
+    finally:
+        await ring.channel.close()
+        for server in servers:
+            await server.stop()

@@ -1,0 +1,119 @@
+"""Stages of every supported family compute what one-process transformers computes: difference 0.0.
+
+Over one, two and three uneven stages, through real gRPC; prefill alone and in chunks, cached decoding, left padding.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, PreTrainedModel
+
+from shardlift.worker.anatomy import FAMILIES
+from tests.support import checkpoints, ring
+
+LENGTH = 21
+DECODED = 32
+CHUNKS = (12, 7, 2)
+CUTS: dict[str, tuple[int, ...]] = {"one stage": (), "two": (1,), "three": (1, 3)}
+CASES = [(family, None) for family in sorted(FAMILIES)] + [("llama", True)]
+
+
+def nf4() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def test_every_supported_family_is_proven_here() -> None:
+    assert {family for family, _ in CASES} == set(checkpoints.FAMILIES) == set(FAMILIES)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-tied" if case[1] else case[0])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel]:
+    """A checkpoint, and the model that transformers makes of it in one process."""
+    family, tied = request.param
+    folder = checkpoints.tiny(family, tmp_path_factory.mktemp(family), tied=tied, layers=4, dtype="bfloat16")
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4(), dtype=torch.bfloat16)
+    return folder, model
+
+
+def prompt(*, padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(3, 250, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :7] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("cut", CUTS)
+async def test_logits_and_tokens_equal_one_process(case: tuple[Path, PreTrainedModel], cut: str) -> None:
+    folder, whole = case
+    stages = ring.load(folder, CUTS[cut], quantization=nf4().to_dict(), dtype="bfloat16")
+    assert len(stages) == len(CUTS[cut]) + 1
+    async with ring.serve(stages) as pipeline:
+        for padded in (False, True):
+            ids, mask = prompt(padded=padded)
+            await check_forward(pipeline, whole, ids, mask)
+            for chunks in ((LENGTH,), CHUNKS):
+                await check_decoding(pipeline, whole, ids, mask, chunks, DECODED if len(chunks) == 1 else 4)
+            await check_generate(pipeline, whole, ids, mask)
+        await pipeline.idle()
+
+
+async def check_forward(pipeline: ring.Ring, whole: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> None:
+    """`model(input_ids, attention_mask).logits`, without a cache."""
+    with torch.inference_mode():
+        expected = whole(ids, attention_mask=mask, use_cache=False).logits
+    session = pipeline.session()
+    assert torch.equal(await session(ids, mask, use_cache=False), expected)
+    await session.close()
+
+
+async def check_decoding(
+    pipeline: ring.Ring,
+    whole: PreTrainedModel,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    chunks: tuple[int, ...],
+    decoded: int,
+) -> None:
+    """Prefill in `chunks`, then greedy steps on the cache: every logit of every step."""
+    cache = DynamicCache(config=whole.config)
+    session = pipeline.session()
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+    inputs = list(ids.split(chunks, dim=-1))
+    past, logits = 0, torch.empty(0)
+    for step in range(len(chunks) + decoded):
+        new = inputs[step] if step < len(chunks) else logits[:, -1:].argmax(-1)
+        if step >= len(chunks):
+            mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=-1)
+            positions = torch.cat([positions, positions[:, -1:] + 1], dim=-1)
+        end = past + new.shape[1]
+        arguments = {"attention_mask": mask[:, :end], "position_ids": positions[:, past:end]}
+        with torch.inference_mode():
+            logits = whole(new, past_key_values=cache, use_cache=True, **arguments).logits
+        assert torch.equal(await session(new, **arguments), logits), f"chunks {chunks}, step {step}"
+        past = end
+    await session.close()
+
+
+async def check_generate(pipeline: ring.Ring, whole: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> None:
+    """Greedy and sampled `generate`, tokens and raw logits."""
+    expected = whole.generate(
+        ids, attention_mask=mask, max_new_tokens=12, return_dict_in_generate=True, output_logits=True
+    )
+    tokens, logits = await pipeline.generate(ids, mask, max_new_tokens=12, output_logits=True)
+    assert torch.equal(tokens, expected.sequences[:, LENGTH:])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(logits, expected.logits, strict=True))
+
+    sampling = {"do_sample": True, "temperature": 0.8, "top_k": 30, "top_p": 0.9, "repetition_penalty": 1.2}
+    torch.manual_seed(11)
+    sampled = whole.generate(ids, attention_mask=mask, max_new_tokens=8, **sampling)
+    tokens, _ = await pipeline.generate(ids, mask, max_new_tokens=8, seed=11, **sampling)
+    assert torch.equal(tokens, sampled[:, LENGTH:])
