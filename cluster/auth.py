@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import os
 import secrets
+import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import grpc
 import grpc.aio
 
-from ..proto.v1.errors import AuthenticationError, InvalidRequestError
+from ..proto.v1.errors import AuthenticationError, InvalidRequestError, one_line
 from ..proto.v1.status import to_status
 
 _OPEN_SERVICES = ("/grpc.health.v1.Health/",)
 
 
 def is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1", "[::1]") or host.startswith("127.")
+    """Whether only this machine reaches `host`. A name other than localhost could mean anything."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def keep_token(folder: Path, token: str | None) -> Path:
@@ -28,8 +34,8 @@ def keep_token(folder: Path, token: str | None) -> Path:
     if token is None and file.exists():
         return file
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".token.{os.getpid()}"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    # Made with mode 0600.
+    descriptor, temporary = tempfile.mkstemp(prefix=".token.", dir=folder)
     with os.fdopen(descriptor, "w") as stream:
         stream.write(token or secrets.token_urlsafe(32))
     os.replace(temporary, file)
@@ -39,7 +45,10 @@ def keep_token(folder: Path, token: str | None) -> Path:
 def read_token(file: str | None) -> str | None:
     if file is None:
         return None
-    token = Path(file).read_text().strip()
+    try:
+        token = Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise InvalidRequestError(f"the token file {file} can't be read: {one_line(error)}") from None
     if not token:
         raise InvalidRequestError(f"the token file {file} is empty: remove it, or write a token into it")
     return token

@@ -145,13 +145,12 @@ def _weight_files(source: Source, request: CheckpointRequest) -> list[str]:
         weight_map = listing.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CorruptCheckpointError(f"{index} has no weight_map")
-        files = set(weight_map.values())
-        for file in files:
+        for file in weight_map.values():
             if not isinstance(file, str) or not file.endswith(".safetensors") or "/" in file or "\\" in file:
                 raise CorruptCheckpointError(
                     f"{index} names {str(file)[:80]!r}, which is no safetensors file beside it"
                 )
-        return sorted(files)
+        return sorted(set(weight_map.values()))
     for pickled in (f"pytorch_model{dotted}.bin", f"pytorch_model.bin.index{dotted}.json"):
         if _exists(source, pickled):
             raise UnsupportedModelError(

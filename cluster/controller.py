@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
@@ -18,24 +19,33 @@ logger = logging.getLogger(__name__)
 ACTOR_NAME = "controller"
 # Ray gives this resource to the head node alone.
 _HEAD_RESOURCE = "node:__internal_head__"
-_START_TIMEOUT_S = 120.0
+_START_TIMEOUT_S = 170.0
 
 
 class Controller:
     """Runs the gateway. Restarted by Ray when its process dies; finds the resident models by their workers."""
 
-    async def __init__(  # type: ignore[misc] # Ray awaits it
-        self, host: str, port: int, token_file: str | None
-    ) -> None:
+    async def __init__(self, host: str, port: int, token_file: str | None) -> None:  # type: ignore[misc]
+        # Asynchronous, which Ray allows, for the sake of the event loop.
         self._gateway = Gateway(read_token(token_file))
-        self._address = await self._gateway.start(host, port)
-        await self._gateway.registry.recover()
+        # Not awaited here: answers of other actors don't reach one that is still being constructed. A restarted
+        # controller has nobody to ask it for its address, and must come up all the same.
+        self._started = asyncio.create_task(self._start(host, port))
+
+    async def _start(self, host: str, port: int) -> str:
+        try:
+            return await self._gateway.start(host, port)
+        except Exception:
+            logger.exception("the gateway could not start on %s:%s", host, port)
+            raise
 
     async def address(self) -> str:
-        return self._address
+        """Where the gateway serves, once it does. Raises what kept it from that."""
+        return await asyncio.shield(self._started)
 
     async def shutdown(self, unload: bool) -> None:
         """Stops serving. Models go with it only if `unload`."""
+        await asyncio.gather(self._started, return_exceptions=True)
         await self._gateway.stop(unload=unload)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 
 from ..proto.v1.errors import InvalidDeviceMapError, InvalidRequestError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_MAX_BYTES = (1 << 63) - 1
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -41,9 +43,10 @@ def parse_size(text: str | int) -> int:
     match = _SIZE.fullmatch(str(text))
     if match is None or match[2].upper() not in _UNITS:
         raise InvalidRequestError(f"{text!r} is not a size: write bytes, or a number with KB, MB, GB, KiB, MiB or GiB")
-    return (
-        int(float(match[1]) * _UNITS[match[2].upper()]) if "." in match[1] else int(match[1]) * _UNITS[match[2].upper()]
-    )
+    size = int(Decimal(match[1]) * _UNITS[match[2].upper()])
+    if size > _MAX_BYTES:
+        raise InvalidRequestError(f"{text!r} is more than any device has: at most {_MAX_BYTES} bytes can be meant")
+    return size
 
 
 def format_size(size_bytes: int) -> str:
@@ -75,17 +78,25 @@ def parse_devices(text: str) -> list[Device]:
     return devices
 
 
+def gpus_or_all(devices: Sequence[Device]) -> Sequence[Device]:
+    """The GPUs (made-up ones too); where there are none, all of `devices`."""
+    return [device for device in devices if device.kind == "cuda" or device.slots] or devices
+
+
 def find_device(name: str, devices: Sequence[Device]) -> Device:
     """The device that a user's `name` means: "<node>/<device>", a device's name where only one has it, or its index
-    among all. Raises InvalidDeviceMapError."""
-    if name.isdecimal() and int(name) < len(devices):
-        return devices[int(name)]
+    among the GPUs, or among all where there are none. Raises InvalidDeviceMapError."""
+    numbered = gpus_or_all(devices)
+    if name.isdecimal() and int(name) < len(numbered):
+        return numbered[int(name)]
     found = [device for device in devices if name in (device.path, device.name)]
     if len(found) == 1:
         return found[0]
-    known = ", ".join(f"{index}: {device.path}" for index, device in enumerate(devices[:16]))
+    known = [f"{index}: {device.path}" for index, device in enumerate(numbered)]
+    known += [device.path for device in devices if device not in numbered]
     problem = "is no device of this cluster" if not found else f"means {len(found)} devices"
-    raise InvalidDeviceMapError(f"{name!r} {problem}; devices are {known}")
+    more = f" and {len(known) - 16} more" if len(known) > 16 else ""
+    raise InvalidDeviceMapError(f"{name!r} {problem}; devices are {', '.join(known[:16])}{more}")
 
 
 def limit_memory(devices: Sequence[Device], max_memory: Mapping[str, str]) -> list[Device]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -13,12 +14,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ..proto.v1 import inference_pb2, inference_pb2_grpc, registry_pb2, registry_pb2_grpc
-from ..proto.v1.errors import InternalError, InvalidRequestError
+from ..proto.v1.errors import InternalError, InvalidRequestError, ModelUnavailableError
 from ..proto.v1.status import to_error, to_status
 from ..proto.v1.tensor_pb2 import Tensor
 from ..proto.v1.wire import CHANNEL_OPTIONS
 from .auth import TokenInterceptor
-from .registry import Registry, Route, stage_error
+from .registry import Registry
+from .route import Route
 from .tokenizer import Detokenizer
 
 logger = logging.getLogger(__name__)
@@ -47,7 +49,11 @@ class Gateway:
         reflection.enable_server_reflection(services, self._server)
 
     async def start(self, host: str, port: int) -> str:
-        """Listens; gives "host:port". `port` 0 takes a free one. Raises InvalidRequestError when it is taken."""
+        """Finds the resident models, then listens; gives "host:port". `port` 0 takes a free one.
+
+        Raises InvalidRequestError when the port is taken.
+        """
+        host = f"[{host}]" if ":" in host else host
         try:
             bound = self._server.add_insecure_port(f"{host}:{port}")
         except RuntimeError:
@@ -56,6 +62,8 @@ class Gateway:
             raise InvalidRequestError(
                 f"port {port} of {host} can't be listened on: another program has it; choose another with --port"
             )
+        # Before anybody may ask: until then a resident model would be unknown, and its name free.
+        await self.registry.recover()
         await self._server.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         return f"{host}:{bound}"
@@ -65,8 +73,13 @@ class Gateway:
         await self.registry.close(unload=unload)
         await self._server.stop(grace_s)
 
-    def _changed(self, name: str, ready: bool) -> None:
-        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+    def _changed(self, name: str, state: int) -> None:
+        statuses: dict[int, Any] = {
+            registry_pb2.MODEL_STATE_READY: health_pb2.HealthCheckResponse.SERVING,
+            # Gone. The service has no way to forget a name.
+            registry_pb2.MODEL_STATE_UNSPECIFIED: health_pb2.HealthCheckResponse.SERVICE_UNKNOWN,
+        }
+        status = statuses.get(state, health_pb2.HealthCheckResponse.NOT_SERVING)
         task = asyncio.ensure_future(self._health.set(name, status))
         self._health_tasks.add(task)
         task.add_done_callback(self._health_tasks.discard)
@@ -132,9 +145,10 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         try:
             route = self._registry.route(request.model)
             text = await self._tokenize(request)
-            async for response in _relay(route, route.stub.Generate, request, context):
-                for out in [response] if text is None else text.follow(response):
-                    yield out
+            async with self._relay(request.model, route, route.stub.Generate, request, context) as responses:
+                async for response in responses:
+                    for out in [response] if text is None else text.follow(response):
+                        yield out
         except Exception as error:
             await _abort(context, error)
 
@@ -147,10 +161,10 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             raise InvalidRequestError("the request has no input: send input_ids, a prompt or a conversation")
         tokenizer = await self._registry.tokenizer(request.model)
         if kind == "prompt":
-            ids = tokenizer.encode(request.prompt)
+            ids = await asyncio.to_thread(tokenizer.encode, request.prompt)
         else:
             messages = [{"role": message.role, "content": message.content} for message in request.conversation.messages]
-            ids = tokenizer.encode_chat(messages)
+            ids = await asyncio.to_thread(tokenizer.encode_chat, messages)
         if not ids:
             raise InvalidRequestError("the prompt has no tokens: write something")
         data = b"".join(token.to_bytes(8, "little", signed=True) for token in ids)
@@ -172,10 +186,34 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 async for request in request_iterator:
                     yield request
 
-            async for response in _relay(route, route.stub.Forward, requests(), context):
-                yield response
+            async with self._relay(first.model, route, route.stub.Forward, requests(), context) as responses:
+                async for response in responses:
+                    yield response
         except Exception as error:
             await _abort(context, error)
+
+    @contextlib.asynccontextmanager
+    async def _relay(
+        self, model: str, route: Route, method: Callable[..., Any], request: Any, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[AsyncIterator[Any]]:
+        """A stage's answers to `request`, under the client's own deadline; the call ends with the client's."""
+        call = method(request, metadata=route.metadata, timeout=context.time_remaining())
+        try:
+            yield aiter(call)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise
+            explained = route.explain(error)
+            if isinstance(explained, ModelUnavailableError):
+                self._registry.doubt(model)
+            raise explained from None
+        except asyncio.CancelledError:
+            # Without a status of its own, a call that we end and not the client would never end for the client.
+            if call.cancelled() and not context.cancelled():
+                raise ModelUnavailableError(f"model {model} was unloaded") from None
+            raise
+        finally:
+            call.cancel()
 
 
 class _TextStream:
@@ -198,21 +236,10 @@ class _TextStream:
         return [response]
 
 
-async def _relay(
-    route: Route, method: Callable[..., Any], request: Any, context: grpc.aio.ServicerContext
-) -> AsyncIterator[Any]:
-    """A stage's answers to `request`, under the client's own deadline; the call ends with the client's."""
-    call = method(request, metadata=route.metadata, timeout=context.time_remaining())
-    try:
-        async for response in call:
-            yield response
-    except grpc.aio.AioRpcError as error:
-        raise stage_error(error, route.address) from None
-    finally:
-        call.cancel()
-
-
 async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> Any:
+    if isinstance(error, grpc.aio.AioRpcError):
+        # The client's own deadline, which it has seen pass too.
+        await context.abort(error.code(), error.details() or "")
     ours = to_error(error)
     if isinstance(ours, InternalError):
         logger.error("request failed", exc_info=error)

@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..proto.v1.errors import TensorMismatchError, UnsupportedModelError
+from ..proto.v1.errors import InvalidRequestError, TensorMismatchError, UnsupportedModelError
 from ..worker.anatomy import Cut, place_of
 from ..worker.records import DTYPES, TensorRecord
 from ..worker.skeleton import KeyMap, ParameterInfo, Skeleton, build_skeleton, parse_config, unmatched_keys
 from ..worker.tensors import dtype_by_name, dtype_name
 from .plan import ModelOutline
 from .sizes import ITEM_BYTES, Item, Storage, parameter_bytes, sum_up
+
+_MODEL_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,15 +40,22 @@ class Layout:
 def resolve_dtype(dtype: str, config: Mapping[str, Any], records: Mapping[str, TensorRecord]) -> str:
     """A torch dtype's name for "auto": the config's, else that of the first floating tensor, as transformers does."""
     if dtype not in ("", "auto"):
-        return dtype_name(dtype_by_name(dtype.removeprefix("torch.")))
+        return _model_dtype(dtype)
     named = config.get("dtype") or config.get("torch_dtype")
     if isinstance(named, str):
-        return dtype_name(dtype_by_name(named.removeprefix("torch.")))
+        return _model_dtype(named)
     for key in sorted(records):
         name = DTYPES[records[key].dtype][0]
         if "float" in name and not name.startswith("float8"):
             return name
     return "float32"
+
+
+def _model_dtype(text: str) -> str:
+    name = dtype_name(dtype_by_name(text.removeprefix("torch.")))
+    if name not in _MODEL_DTYPES:
+        raise InvalidRequestError(f"a model can't be loaded as {name}: take one of {', '.join(_MODEL_DTYPES)}")
+    return name
 
 
 def lay_out(
@@ -136,13 +145,14 @@ def _match(skeleton: Skeleton, records: Mapping[str, TensorRecord]) -> dict[str,
     unexpected: set[str] = set()
     misshapen: list[str] = []
     shapes = {info.name: info.checkpoint_shape for info in skeleton.parameters()}
+    shapes |= {name: shapes[source] for name, source in skeleton.tied_weights.items() if source in shapes}
     for key, record in records.items():
-        target, converted = key_map(key)
+        target, pattern = key_map(key)
         if target not in key_map:
             unexpected.add(key)
             continue
         targets[key] = target
-        if not converted and record.shape != shapes[target]:
+        if pattern is None and record.shape != shapes[target]:
             misshapen.append(f"tensor {key} has shape {list(record.shape)}, the model needs {list(shapes[target])}")
     missing, unexpected = unmatched_keys(skeleton, set(targets.values()), unexpected)
     if missing:

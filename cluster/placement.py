@@ -5,13 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
+from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..proto.v1.errors import ModelUnavailableError, OutOfMemoryError, ShardliftError, one_line
@@ -20,9 +27,11 @@ from ..worker.spec import StageSpec
 from .plan import Plan, PlannedStage
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 NAMESPACE = "shardlift"
 _STAGE_PREFIX = "stage:"
+_GROUP_PREFIX = "shardlift:"
 _PLACE_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 5.0
 
@@ -32,7 +41,7 @@ def _actor_name(spec: StageSpec) -> str:
 
 
 def _group_name(model: str, load_id: str) -> str:
-    return f"shardlift:{model}:{load_id}"
+    return f"{_GROUP_PREFIX}{model}:{load_id}"
 
 
 @dataclass
@@ -43,23 +52,34 @@ class Placement:
     load_id: str
     group: PlacementGroup | None = None
     workers: list[Any] = field(default_factory=list)
+    _freeing: asyncio.Future[None] | None = None
 
     async def free(self) -> None:
-        """Stops the workers and gives everything back. Never raises; twice is as good as once."""
-        workers, self.workers = self.workers, []
-        group, self.group = self.group, None
-        if workers:
-            stops = [asyncio.ensure_future(_wait(worker.stop.remote())) for worker in workers]
-            await asyncio.wait(stops, timeout=_STOP_TIMEOUT_S)
-            for stop in stops:
+        """Stops the workers and gives everything back. Never raises; whoever else calls it waits for the same end."""
+        if self._freeing is None:
+            self._freeing = asyncio.ensure_future(self._free())
+        await asyncio.shield(self._freeing)
+
+    async def _free(self) -> None:
+        stops = [asyncio.ensure_future(_stop(worker)) for worker in self.workers]
+        if stops:
+            _, late = await asyncio.wait(stops, timeout=_STOP_TIMEOUT_S)
+            for stop in late:
                 stop.cancel()
             await asyncio.gather(*stops, return_exceptions=True)
-            for worker in workers:
-                with contextlib.suppress(RayError, ValueError):
-                    ray.kill(worker, no_restart=True)
-        if group is not None:
-            with contextlib.suppress(RayError, ValueError):
-                await asyncio.to_thread(remove_placement_group, group)
+        for worker in self.workers:
+            with contextlib.suppress(Exception):
+                ray.kill(worker, no_restart=True)
+        if self.group is not None:
+            try:
+                await _blocking(remove_placement_group, self.group)
+                # The nodes have their resources back only once the group is really gone.
+                for _ in range(50):
+                    if (await _blocking(placement_group_table, self.group)).get("state") in (None, "REMOVED"):
+                        break
+                    await asyncio.sleep(0.1)
+            except Exception as error:
+                logger.warning("the placement group of %s may be left: %s", self.model, one_line(error, 200))
 
 
 async def place(plan: Plan, specs: Sequence[StageSpec], card: bytes, placement: Placement) -> None:
@@ -74,7 +94,7 @@ async def place(plan: Plan, specs: Sequence[StageSpec], card: bytes, placement: 
         name=_group_name(placement.model, placement.load_id),
         bundle_label_selector=[{"ray.io/node-id": stage.device.node_id} for stage in plan.stages],
     )
-    if not await asyncio.to_thread(placement.group.wait, _PLACE_TIMEOUT_S):
+    if not await _blocking(placement.group.wait, _PLACE_TIMEOUT_S):
         raise OutOfMemoryError(
             f"Ray could not set {len(plan.stages)} devices aside for {placement.model} in {_PLACE_TIMEOUT_S:.0f} s: "
             "something else holds them; unload a model, or load with fewer stages"
@@ -93,6 +113,19 @@ async def place(plan: Plan, specs: Sequence[StageSpec], card: bytes, placement: 
         placement.workers.append(actor.remote(spec.to_json(), card))
 
 
+# Ray's blocking calls get threads of their own: those that free something must not wait behind a slow Hub.
+_threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="placement")
+
+
+async def _blocking(function: Callable[..., T], *arguments: Any) -> T:
+    return await asyncio.get_running_loop().run_in_executor(_threads, function, *arguments)
+
+
+async def _stop(worker: Any) -> None:
+    with contextlib.suppress(RayError):
+        await worker.stop.remote()
+
+
 def _bundle(stage: PlannedStage) -> dict[str, float]:
     """What Ray sets aside for a stage: its GPU, or as much of the node's memory as it will hold."""
     if stage.device.slots:
@@ -109,26 +142,23 @@ async def call(reference: Any, what: str) -> Any:
         if isinstance(cause, ShardliftError):
             raise cause from None
         raise
-    except RayActorError as error:
+    except RayError as error:
         raise ModelUnavailableError(f"the worker of {what} died: {one_line(error, 200)}") from None
 
 
-async def _wait(reference: Any) -> None:
-    with contextlib.suppress(RayError):
-        await reference
-
-
 async def find_placements() -> list[Placement]:
-    """Every load whose workers still exist, with workers in no particular order."""
-    found: dict[tuple[str, str], Placement] = {}
+    """Every load of which something still exists, with workers in no particular order."""
+    found: dict[str, Placement] = {}
+    groups = {group["name"]: group for group in placement_group_table().values() if group["state"] != "REMOVED"}
+    for name in groups:
+        if name.startswith(_GROUP_PREFIX):
+            model, load_id = name.removeprefix(_GROUP_PREFIX).rsplit(":", 1)
+            found[name] = Placement(model=model, load_id=load_id, group=get_placement_group(name))
     for entry in ray.util.list_named_actors(all_namespaces=True):
         if entry["namespace"] != NAMESPACE or not entry["name"].startswith(_STAGE_PREFIX):
             continue
         model, load_id, _ = entry["name"].removeprefix(_STAGE_PREFIX).rsplit(":", 2)
-        placement = found.setdefault((model, load_id), Placement(model=model, load_id=load_id))
+        placement = found.setdefault(_group_name(model, load_id), Placement(model=model, load_id=load_id))
         with contextlib.suppress(ValueError):
             placement.workers.append(ray.get_actor(entry["name"], namespace=NAMESPACE))
-    for placement in found.values():
-        with contextlib.suppress(ValueError):
-            placement.group = get_placement_group(_group_name(placement.model, placement.load_id))
     return list(found.values())

@@ -10,7 +10,7 @@ from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import InvalidDeviceMapError, InvalidRequestError, OutOfMemoryError
 from ..worker.anatomy import Cut, Place
 from . import partition
-from .devices import Device, find_device, limit_memory, share_cpus
+from .devices import Device, find_device, format_size, gpus_or_all, limit_memory, share_cpus
 from .sizes import ModelSizes
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "cpu")
@@ -135,13 +135,13 @@ def _by_strategy(
 
 
 def _eligible(devices: Sequence[Device], device_map: str) -> Sequence[Device]:
-    """The devices that a strategy may use: GPUs (or their slots) where there are any, as accelerate has it."""
-    if device_map == "cpu":
-        cpus = [device for device in devices if device.kind == "cpu"]
-        if not cpus:
-            raise InvalidDeviceMapError('device_map="cpu", but no node offers a CPU worker')
-        return cpus
-    return [device for device in devices if device.kind == "cuda" or device.slots] or devices
+    """The devices that a strategy may use: a CPU beside GPUs is not one of them, as with accelerate."""
+    if device_map != "cpu":
+        return gpus_or_all(devices)
+    cpus = [device for device in devices if device.kind == "cpu"]
+    if not cpus:
+        raise InvalidDeviceMapError('device_map="cpu", but no node offers a CPU worker')
+    return cpus
 
 
 def _by_module(
@@ -151,10 +151,14 @@ def _by_module(
     assert options.by_module is not None
     wanted = {str(prefix): str(name) for prefix, name in options.by_module.items()}
     names = set(wanted.values())
-    # "cpu", "cpu:0", "cpu:1" share the CPUs of a cluster without GPUs, or what it has beside them.
-    devices = share_cpus(devices, max(len(devices), len(names)))
-    devices = limit_memory(devices, options.max_memory or {})
-    by_name = {name: find_device(name, devices) for name in sorted(names)}
+    devices = _with_shares(devices, names)
+    limited = {device.path: device for device in limit_memory(devices, options.max_memory or {})}
+    by_name: dict[str, Device] = {}
+    for name in sorted(names):
+        path = find_device(name, devices).path
+        if path not in limited:
+            raise InvalidDeviceMapError(f"device_map names {path}, which max_memory leaves out: give it memory there")
+        by_name[name] = limited[path]
     unused = {prefix for prefix in wanted if prefix}
     placed: dict[str, Device] = {}
     for module, _ in outline.modules:
@@ -170,10 +174,12 @@ def _by_module(
             module == prefix or module.startswith(f"{prefix}.") or prefix.startswith(f"{module}.") for module in known
         ):
             raise InvalidDeviceMapError(f"device_map names {prefix!r}, which is no module of this model")
-        if any(
-            prefix.startswith(f"{module}.") and wanted[prefix] != _name_of(placed[module], by_name) for module in known
-        ):
-            raise InvalidDeviceMapError(f"device_map splits {prefix.rsplit('.', 1)[0]!r}: a layer can't be cut")
+        for module in known:
+            if prefix.startswith(f"{module}.") and by_name[wanted[prefix]] is not placed[module]:
+                raise InvalidDeviceMapError(
+                    f"device_map puts {prefix} on {by_name[wanted[prefix]].path} and the rest of {module} on "
+                    f"{placed[module].path}: a layer can't be cut"
+                )
     order = [(module, placed[module]) for module, place in outline.modules if place.part == "layer"]
     chosen: list[Device] = []
     runs: list[tuple[int, int]] = []
@@ -197,12 +203,34 @@ def _by_module(
     for device, (first, end) in zip(chosen, runs, strict=True):
         resident, _ = outline.sizes.stage(first, end)
         if resident > device.capacity_bytes:
-            raise partition.does_not_fit(outline.sizes, devices)
+            raise OutOfMemoryError(
+                f"device_map puts {format_size(resident)} (layers {first} to {end - 1}) on {device.path}, of which "
+                f"{format_size(device.capacity_bytes)} may be used: put modules elsewhere, quantize to 4 bits, or "
+                "raise max_memory"
+            )
+    if options.num_stages not in (0, len(runs)):
+        raise InvalidDeviceMapError(
+            f"num_stages={options.num_stages}, but device_map makes {len(runs)} stages: leave one of them out"
+        )
     return chosen, runs
 
 
-def _name_of(device: Device, by_name: Mapping[str, Device]) -> str:
-    return next(name for name, known in by_name.items() if known is device)
+def _with_shares(devices: Sequence[Device], names: set[str]) -> Sequence[Device]:
+    """`devices` with CPUs split where `names` ask for shares: "cpu:0" and "cpu:1", or 0 and 1 where there is no GPU."""
+
+    def is_unknown(name: str) -> bool:
+        try:
+            find_device(name, devices)
+        except InvalidDeviceMapError:
+            return True
+        return False
+
+    unknown = sum(is_unknown(name) for name in names)
+    if not unknown:
+        return devices
+    cpus = [device for device in devices if device.kind == "cpu" and not device.slots]
+    gpus = len(devices) - len(cpus)
+    return share_cpus(devices, gpus + max(len(cpus), unknown if gpus else len(names)))
 
 
 def _stage(outline: ModelOutline, device: Device, cut: Cut) -> PlannedStage:

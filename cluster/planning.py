@@ -27,20 +27,38 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedModel:
-    """A plan with all that its workers need to be told."""
+class OutlinedModel:
+    """A checkpoint's outline: all that can be known without knowing the devices."""
 
-    plan: Plan
+    request: CheckpointRequest
     checkpoint: Checkpoint
     layout: Layout
     options: ModelOptions
     config: Mapping[str, Any]
 
+    def spread(self, options: PlanOptions, devices: Sequence[Device]) -> PlannedModel:
+        """Lays the model over `devices`. Raises InvalidRequestError, InvalidDeviceMapError and OutOfMemoryError."""
+        if not devices:
+            raise InvalidRequestError("the cluster has no device to load onto")
+        commit = self.checkpoint.source.commit
+        return PlannedModel(
+            outlined=self, plan=make_plan(self.request.path, commit, self.layout.outline, devices, options)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedModel:
+    """A plan with all that its workers need to be told."""
+
+    outlined: OutlinedModel
+    plan: Plan
+
     def specs(self, name: str, load_id: str, secret: str) -> list[StageSpec]:
         """One spec for each stage, in order."""
+        model = self.outlined
         specs = []
         for index, stage in enumerate(self.plan.stages):
-            records = self.layout.records_of(stage.cut, self.checkpoint.records)
+            records = model.layout.records_of(stage.cut, model.checkpoint.records)
             specs.append(
                 StageSpec(
                     model=name,
@@ -50,18 +68,33 @@ class PlannedModel:
                     # A worker sees just the GPU that Ray gives it.
                     device="cuda:0" if stage.device.kind == "cuda" else "cpu",
                     cut=stage.cut,
-                    source=self.checkpoint.source,
+                    source=model.checkpoint.source,
                     records=records,
-                    versions={record.file: self.checkpoint.versions[record.file] for record in records},
-                    config=self.config,
-                    generation_config=self.checkpoint.generation_config,
-                    quantization=self.options.quantization,
+                    versions={record.file: model.checkpoint.versions[record.file] for record in records},
+                    config=model.config,
+                    generation_config=model.checkpoint.generation_config,
+                    quantization=model.options.quantization,
                     dtype=self.plan.outline.dtype,
-                    attn_implementation=self.options.attn_implementation,
+                    attn_implementation=model.options.attn_implementation,
                     secret=secret,
                 )
             )
         return specs
+
+
+def outline_model(request: CheckpointRequest, token: HubToken, options: ModelOptions) -> OutlinedModel:
+    """Reads config and headers. Raises whatever of shardlift's errors stands against the checkpoint."""
+    checkpoint = read_checkpoint(request, token)
+    config = dict(options.config if options.config else checkpoint.config)
+    config.update(options.config_overrides or {})
+    layout = lay_out(
+        config,
+        checkpoint.records,
+        dtype=resolve_dtype(options.dtype, config, checkpoint.records),
+        quantization=options.quantization,
+        attn_implementation=options.attn_implementation,
+    )
+    return OutlinedModel(request=request, checkpoint=checkpoint, layout=layout, options=options, config=config)
 
 
 def plan_model(
@@ -71,19 +104,5 @@ def plan_model(
     spread: PlanOptions,
     devices: Sequence[Device],
 ) -> PlannedModel:
-    """Reads headers and lays the model over `devices`. Raises whatever of shardlift's errors stands against it."""
-    if not devices:
-        raise InvalidRequestError("the cluster has no device to load onto")
-    checkpoint = read_checkpoint(request, token)
-    config = dict(options.config if options.config else checkpoint.config)
-    config.update(options.config_overrides or {})
-    dtype = resolve_dtype(options.dtype, config, checkpoint.records)
-    layout = lay_out(
-        config,
-        checkpoint.records,
-        dtype=dtype,
-        quantization=options.quantization,
-        attn_implementation=options.attn_implementation,
-    )
-    plan = make_plan(request.path, checkpoint.source.commit, layout.outline, devices, spread)
-    return PlannedModel(plan=plan, checkpoint=checkpoint, layout=layout, options=options, config=config)
+    """A plan, from headers to stages, for devices that are known beforehand."""
+    return outline_model(request, token, options).spread(spread, devices)

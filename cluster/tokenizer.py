@@ -49,7 +49,9 @@ class Tokenizer:
             finally:
                 source.close()
             try:
-                self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=False
+                )
             except Exception as error:
                 text = one_line(error, 200).replace(folder, spec.location)
                 raise InvalidRequestError(f"{spec.location} has no tokenizer that can be loaded: {text}") from None

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -68,6 +69,12 @@ def main(arguments: list[str] | None = None) -> int:
         stop_controller(unload=True)
     ray.shutdown()
     return 0
+
+
+def _free_port(host: str) -> int:
+    """A port for `--port 0`, chosen once: a gateway that is restarted must come back where it was."""
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        return int(probe.getsockname()[1])
 
 
 def _token_file(host: str) -> Path | None:

@@ -168,6 +168,8 @@ def _prepare_environment(home: Path, hub_endpoint: str) -> None:
         "TRANSFORMERS_VERBOSITY": "error",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     }
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"  # transformers' own bars, which a log is better without
 
 
 @contextlib.contextmanager

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TextStreamer
@@ -249,25 +249,14 @@ def test_eight_bits_equal_one_process(cluster: RunningCluster, tmp_path: Path) -
         remote.unload()
 
 
-def test_stage_ports_close_when_a_model_is_unloaded(cluster: RunningCluster, tmp_path: Path) -> None:
+def test_unloading_ends_the_workers_and_their_ports(cluster: RunningCluster, tmp_path: Path) -> None:
     folder = checkpoints.tiny("llama", tmp_path / "llama")
-    before = listening()
     with shardlift.connect(cluster.gateway) as client:
         client.load(str(folder), name="brief", num_stages=2)
-        opened = listening() - before
+        workers = [name for name in cluster.stage_workers() if "brief" in name]
+        processes = [psutil.Process(cluster.pid(name)) for name in workers]
+        ports = {connection.laddr for process in processes for connection in process.net_connections("tcp")}
         client.unload("brief")
-    assert len(opened) >= 2
-    eventually(lambda: not listening() & opened, "ports are left")
-
-
-def listening() -> set[tuple[str, int]]:
-    """Where on the nodes' addresses something listens. gRPC's sockets are IPv6 ones with IPv4 addresses in them."""
-    found = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for row in Path(table).read_text().splitlines()[1:]:
-            local, state = row.split()[1], row.split()[3]
-            address, port = local.split(":")
-            host = socket.inet_ntoa(bytes.fromhex(address[-8:])[::-1])
-            if state == "0A" and host in ADDRESSES:
-                found.add((host, int(port, 16)))
-    return found
+    assert len(processes) == 2
+    assert ports
+    eventually(lambda: not any(map(psutil.Process.is_running, processes)), "workers are left")

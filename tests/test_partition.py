@@ -76,7 +76,7 @@ def check(sizes: ModelSizes, devices: Sequence[Device], runs: Runs) -> None:
     assert fits(sizes, devices, runs)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(sizes=models, devices=clusters)
 def test_balanced_is_the_best_cut_over_all_devices(sizes: ModelSizes, devices: list[Device]) -> None:
     used = devices[: len(sizes.layers)]
@@ -91,7 +91,7 @@ def test_balanced_is_the_best_cut_over_all_devices(sizes: ModelSizes, devices: l
     assert runs == balanced(sizes, devices)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(sizes=models, devices=clusters)
 def test_fit_is_the_best_cut_over_any_of_the_devices(sizes: ModelSizes, devices: list[Device]) -> None:
     layers = len(sizes.layers)
@@ -121,7 +121,7 @@ def fullest(sizes: ModelSizes, devices: Sequence[Device]) -> float:
     return max(weights(sizes, runs))
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(sizes=models, devices=clusters, index=st.integers(0, 4), extra=st.integers(0, 120))
 def test_more_never_makes_the_fullest_stage_fuller(
     sizes: ModelSizes, devices: list[Device], index: int, extra: int
@@ -134,7 +134,7 @@ def test_more_never_makes_the_fullest_stage_fuller(
     assert fullest(sizes, gpus(*grown)) <= now
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(sizes=models, devices=clusters)
 def test_sequential_fills_each_device_before_the_next(sizes: ModelSizes, devices: list[Device]) -> None:
     try:
@@ -186,10 +186,10 @@ def test_refusal_says_what_is_needed_what_is_there_and_what_to_do() -> None:
 def test_a_large_cluster_is_quick(capacity: int, ends: int) -> None:
     sizes = model([(100 + index % 7) << 20 for index in range(128)], first=ends, last=ends)
     devices = gpus(*[capacity] * 128)
-    started = time.perf_counter()
+    started = time.process_time()
     for cut in (balanced, fit):
         try:
             cut(sizes, devices)
         except OutOfMemoryError:
             assert capacity < max(ends, 100 << 20)
-    assert time.perf_counter() - started < 2.0
+    assert time.process_time() - started < 2.0

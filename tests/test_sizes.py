@@ -97,7 +97,7 @@ def _items(draw: st.DrawFn) -> tuple[list[Item], int]:
     return draw(st.lists(item, max_size=20)), layers
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(items=_items(), tied=st.booleans(), data=st.data())
 def test_a_stage_weighs_what_its_items_weigh(items: tuple[list[Item], int], tied: bool, data: st.DataObject) -> None:
     parts, layers = items

@@ -37,6 +37,7 @@ class StageWorker:
         self._card = card
         self._progress = LoadProgress()
         self._server: StageServer | None = None
+        self._loading: asyncio.Future[LoadReport] | None = None
         self._report: LoadReport | None = None
         self._joined = False
 
@@ -47,9 +48,12 @@ class StageWorker:
         return "cpu"
 
     async def load(self, token: HubToken) -> LoadReport:
-        """Loads the stage and begins to serve it. Idempotent: a second call gives the first one's report."""
-        if self._report is not None:
-            return self._report
+        """Loads the stage and begins to serve it. Idempotent: a second call waits for the first one's report."""
+        if self._loading is None:
+            self._loading = asyncio.ensure_future(self._load(token))
+        return await asyncio.shield(self._loading)
+
+    async def _load(self, token: HubToken) -> LoadReport:
         started = time.monotonic()
         try:
             loaded = await asyncio.to_thread(load_stage, self._spec, token, self._progress)

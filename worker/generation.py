@@ -104,6 +104,7 @@ class Decoding:
         """
         device = model.device
         arguments = normalize_numbers(fields)
+        _check_fields(arguments)
         if arguments.get("cache_implementation") not in _DYNAMIC_CACHES:
             raise InvalidRequestError(
                 f"cache_implementation={arguments['cache_implementation']!r} is not available: "
@@ -116,7 +117,7 @@ class Decoding:
         try:
             with torch.inference_mode():
                 prepared = model.generate(input_ids.to(device), custom_generate=_Prepared, **arguments)
-        except (ValueError, TypeError, IndexError) as error:
+        except _USERS_FAULT as error:
             raise InvalidRequestError(f"generate can't do as asked: {one_line(error)}") from error
         assert isinstance(prepared, _Prepared)
         self._model = model
@@ -131,7 +132,6 @@ class Decoding:
         _check_mode(self._config)
         self._output_logits = output_logits
         self._output_scores = output_scores
-        self._scores: tuple[torch.Tensor, ...] | None = () if output_scores else None
         self._unfinished = torch.ones(self._input_ids.shape[0], dtype=torch.long, device=device)
         self._has_eos = any(hasattr(criterion, "eos_token_id") for criterion in self._criteria)
         self._random: torch.Generator | None = None
@@ -222,18 +222,22 @@ class Decoding:
             outputs = CausalLMOutputWithPast(logits=logits)
             self._kwargs = self._model._update_model_kwargs_for_generation(outputs, self._kwargs)
             raw = logits[:, -1].to(copy=True, dtype=torch.float32, device=self._input_ids.device)
-            scores = self._processors(self._input_ids, raw)
-            if self._scores is not None:
-                self._scores += (scores,)
+            try:
+                scores = self._processors(self._input_ids, raw)
+            except _USERS_FAULT as error:
+                raise InvalidRequestError(f"generate can't do as asked: {one_line(error)}") from error
             if self._random is not None:
                 probabilities = torch.nn.functional.softmax(scores, dim=-1)
+                # On CUDA, drawing from these would be an assertion on the device, which ends every session on it.
+                if not bool(torch.isfinite(probabilities).all()):
+                    raise InvalidRequestError("the probabilities to draw from are not finite: raise the temperature")
                 tokens = torch.multinomial(probabilities, num_samples=1, generator=self._random).squeeze(1)
             else:
                 tokens = torch.argmax(scores, dim=-1)
             if self._has_eos:
                 tokens = tokens * self._unfinished + self._config._pad_token_tensor * (1 - self._unfinished)
             self._input_ids = torch.cat([self._input_ids, tokens[:, None]], dim=-1)
-            self._unfinished = self._unfinished & ~self._criteria(self._input_ids, self._scores)
+            self._unfinished = self._unfinished & ~self._criteria(self._input_ids, None)
             return DecodedStep(
                 tokens=tokens.tolist(),
                 finished=not bool(self._unfinished.max()),
@@ -241,6 +245,9 @@ class Decoding:
                 scores=scores if self._output_scores else None,
             )
 
+
+# What transformers raises for arguments that make no sense, sometimes only where they are used.
+_USERS_FAULT = (ValueError, TypeError, IndexError, AttributeError, KeyError)
 
 _KNOWN_INPUTS = frozenset(
     {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
@@ -266,6 +273,21 @@ class _Prepared:
         self.stopping_criteria = stopping_criteria
         self.generation_config = generation_config
         self.model_kwargs = model_kwargs
+
+
+def _check_fields(fields: Mapping[str, Any]) -> None:
+    """Only fields of GenerationConfig may come over the wire: `generate` takes much else that means objects."""
+    unknown = sorted(set(fields) - set(GenerationConfig().to_dict()) - {"attention_mask"})
+    if unknown:
+        raise InvalidRequestError(f"generation has no field {', '.join(unknown)}: see transformers' GenerationConfig")
+    for name in ("do_sample", "use_cache"):
+        if not isinstance(fields.get(name), (bool, type(None))):
+            raise InvalidRequestError(f"{name}={fields[name]!r} is neither true nor false")
+    if fields.get("guidance_scale") not in (None, 1.0):
+        raise InvalidRequestError("guidance_scale is not available: it needs a second pass through the model")
+    chunk = fields.get("prefill_chunk_size")
+    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+        raise InvalidRequestError(f"prefill_chunk_size={chunk!r} must be an integer of 1 or more")
 
 
 def _check_mode(config: GenerationConfig) -> None:

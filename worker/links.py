@@ -7,8 +7,8 @@ place.
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -17,9 +17,7 @@ import grpc.aio
 from ..proto.v1 import stage_pb2, stage_pb2_grpc
 from ..proto.v1.errors import ModelUnavailableError, ShardliftError, one_line
 from ..proto.v1.status import from_reason
-from ..proto.v1.wire import CHANNEL_OPTIONS
-
-logger = logging.getLogger(__name__)
+from ..proto.v1.wire import STAGE_CHANNEL_OPTIONS
 
 # A neighbour that doesn't take a connection within this time is called unreachable.
 CONNECT_TIMEOUT_S = 5.0
@@ -44,8 +42,9 @@ class StepKey:
 class Link:
     """The stream to the next stage of the ring, opened at the first step and again after a break.
 
-    `on_failure(key, error)` is called for each step that failed beyond this link, and for each session's latest step
-    when the link itself breaks: whether that one got through can't be known, and its originator can tell.
+    One task writes, so that a step's frames stay together and nobody who waits for a step, and gives up, can take the
+    stream along. `on_failure(key, error)` is called for each step that failed beyond this link, and for each session's
+    latest step when the link breaks: whether that one got through can't be known, and its originator can tell.
     """
 
     def __init__(
@@ -57,80 +56,114 @@ class Link:
         self.address = address
         self._metadata = metadata
         self._on_failure = on_failure
+        # What is to be written; each session has one step under way, which bounds it.
+        self._outbox: asyncio.Queue[tuple[StepKey | None, Sequence[stage_pb2.StepRequest]]] = asyncio.Queue()
+        self._latest: dict[str, StepKey] = {}
         self._channel: grpc.aio.Channel | None = None
         self._call: grpc.aio.StreamStreamCall | None = None
         self._reader: asyncio.Task[None] | None = None
-        # One step's frames must not be torn apart by another's.
-        self._writing = asyncio.Lock()
-        self._latest: dict[str, StepKey] = {}
+        self._closed = False
+        self._writer = asyncio.create_task(self._write())
 
-    async def send(self, step: stage_pb2.Step, rest: Iterator[bytes]) -> None:
-        """Sends a step whole. Raises ModelUnavailableError when the next stage can't be reached."""
+    def send(self, step: stage_pb2.Step, rest: Sequence[bytes]) -> None:
+        """Has a step sent; that it can't be is told to `on_failure`."""
         key = StepKey.of(step.key)
-        async with self._writing:
-            self._latest[key.session] = key
-            try:
-                call = await self._opened()
-                await call.write(stage_pb2.StepRequest(step=step))
-                for frame in rest:
-                    await call.write(stage_pb2.StepRequest(more=frame))
-            except (grpc.RpcError, asyncio.InvalidStateError, TimeoutError, asyncio.TimeoutError) as error:
-                self._latest.pop(key.session, None)
-                await self._drop()
-                raise ModelUnavailableError(
-                    f"the stage at {self.address} can't be reached: {_reason(error)}"
-                ) from error
+        if self._closed:
+            self._on_failure(key, ModelUnavailableError(f"the link to the stage at {self.address} is closed"))
+            return
+        self._latest[key.session] = key
+        frames = [stage_pb2.StepRequest(step=step), *(stage_pb2.StepRequest(more=frame) for frame in rest)]
+        self._outbox.put_nowait((key, frames))
 
-    async def end_session(self, session: str) -> None:
-        """Tells the stages beyond to forget a session; does nothing where the link is down, as they then already do."""
-        async with self._writing:
-            self._latest.pop(session, None)
-            if self._call is None or self._call.done():
-                return
-            try:
-                await self._call.write(stage_pb2.StepRequest(end=stage_pb2.SessionEnd(session=session)))
-            except (grpc.RpcError, asyncio.InvalidStateError):
-                await self._drop()
+    def end_session(self, session: str) -> None:
+        """Tells the stages beyond to forget a session. Where the link is down, they already have."""
+        if self._latest.pop(session, None) is not None and not self._closed:
+            self._outbox.put_nowait((None, [stage_pb2.StepRequest(end=stage_pb2.SessionEnd(session=session))]))
 
     async def close(self) -> None:
-        await self._drop()
+        """Ends the stream; steps under way fail."""
+        self._closed = True
+        self._break("the link was closed")
+        self._writer.cancel()
+        await asyncio.gather(self._writer, return_exceptions=True)
+        if self._channel is not None:
+            await self._channel.close(None)
+
+    # -- the two tasks ---------------------------------------------------------------------------------------------
+
+    async def _write(self) -> None:
+        while True:
+            key, frames = await self._outbox.get()
+            if key is None and (self._call is None or self._call.done()):
+                continue
+            try:
+                call = await self._opened()
+                for frame in frames:
+                    await call.write(frame)
+            except asyncio.CancelledError:
+                # Our own end, or that of the call under our hands.
+                if self._closed:
+                    raise
+                self._break("the stream was cancelled")
+            except (
+                grpc.RpcError,
+                asyncio.InvalidStateError,
+                ConnectionError,
+                TimeoutError,
+                asyncio.TimeoutError,
+            ) as error:
+                self._break(_reason(error))
 
     async def _opened(self) -> grpc.aio.StreamStreamCall:
         if self._call is not None and not self._call.done():
             return self._call
-        await self._drop()
-        self._channel = grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS)
-        await asyncio.wait_for(self._channel.channel_ready(), CONNECT_TIMEOUT_S)
+        if self._channel is not None:
+            await self._channel.close(None)
+        self._channel = grpc.aio.insecure_channel(self.address, options=STAGE_CHANNEL_OPTIONS)
+        await asyncio.wait_for(_ready(self._channel), CONNECT_TIMEOUT_S)
         self._call = stage_pb2_grpc.StageServiceStub(self._channel).Step(metadata=self._metadata)
         self._reader = asyncio.create_task(self._read(self._call))
         return self._call
 
     async def _read(self, call: grpc.aio.StreamStreamCall) -> None:
+        reason = "it ended the stream"
         try:
             async for response in call:
                 key = StepKey.of(response.key)
-                if self._latest.get(key.session) == key:
-                    del self._latest[key.session]
                 self._on_failure(key, from_reason(response.reason, response.message))
-            reason = "it ended the stream"
         except grpc.RpcError as error:
             reason = _reason(error)
-        # A stream that ends on its own took the steps under way with it.
+        except asyncio.CancelledError:
+            reason = "the stream was cancelled"
+            if self._closed:
+                raise
+        if self._call is call:
+            self._break(reason)
+
+    def _break(self, reason: str) -> None:
+        """The stream is gone, and the steps under way with it, those that wait to be written too."""
+        call, self._call = self._call, None
+        reader, self._reader = self._reader, None
+        if call is not None and not call.done():
+            call.cancel()
+        if reader is not None and self._closed:
+            reader.cancel()
+        with contextlib.suppress(asyncio.QueueEmpty):
+            while True:
+                self._outbox.get_nowait()
         lost, self._latest = list(self._latest.values()), {}
         for key in lost:
-            self._on_failure(key, ModelUnavailableError(f"the stage at {self.address} was lost: {reason}"))
+            self._on_failure(key, ModelUnavailableError(f"the stage at {self.address} can't be reached: {reason}"))
 
-    async def _drop(self) -> None:
-        reader, self._reader = self._reader, None
-        call, self._call = self._call, None
-        channel, self._channel = self._channel, None
-        if reader is not None and reader is not asyncio.current_task():
-            reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
-        if call is not None:
-            call.cancel()
-        if channel is not None:
-            await channel.close(None)
+
+async def _ready(channel: grpc.aio.Channel) -> None:
+    """Returns once `channel` is connected. Raises ConnectionError at the first refusal: no stage comes back there."""
+    state = channel.get_state(try_to_connect=True)
+    while state is not grpc.ChannelConnectivity.READY:
+        if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+            raise ConnectionError("connection refused")
+        await channel.wait_for_state_change(state)
+        state = channel.get_state(try_to_connect=True)
 
 
 def _reason(error: BaseException) -> str:

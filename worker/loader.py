@@ -32,15 +32,22 @@ class LoadedStage:
 
 
 class LoadProgress:
-    """How far a load is. Written by its threads, read by any; `cancel` ends the load at its next tensor."""
+    """How far a load is. Written by its threads, read by any; `cancel` ends the load, even one that waits for bytes."""
 
     def __init__(self) -> None:
         self.fetched_bytes = 0
         self.tensors_loaded = 0
         self._cancelled = threading.Event()
+        self._stream: RecordStream | None = None
 
     def cancel(self) -> None:
         self._cancelled.set()
+        if self._stream is not None:
+            self._stream.close()
+
+    def attach(self, stream: RecordStream | None) -> None:
+        """`stream` is what a cancelled load must no longer wait for; None once it is done with."""
+        self._stream = stream
 
     def check(self) -> None:
         if self._cancelled.is_set():
@@ -73,6 +80,8 @@ def load_stage(spec: StageSpec, token: HubToken, progress: LoadProgress) -> Load
         with RecordStream(
             source, order, spec.versions, budget_bytes=spec.budget_bytes, on_progress=on_progress
         ) as stream:
+            progress.attach(stream)
+            progress.check()
             tensors = {
                 record.key: LazyTensor(
                     record.dtype, record.shape, _reader(stream, record, progress, keep=spec.device == "cpu")
@@ -82,6 +91,7 @@ def load_stage(spec: StageSpec, token: HubToken, progress: LoadProgress) -> Load
             model = load_weights(skeleton, tensors, spec.device)
             fetched_bytes = stream.fetched_bytes
     finally:
+        progress.attach(None)
         source.close()
     model.generation_config = _generation_config(spec)
     modules = measure(model)

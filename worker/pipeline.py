@@ -3,7 +3,7 @@
     last ──ids──▶ first ──hidden──▶ … ──hidden──▶ last ──▶ logits, tokens
                      ◀── failures ──     ◀── failures ──
 
-The last stage starts every step (`Ring.forward`), so only tokens, never logits, travel for a generation.
+The last stage starts every step (`StagePipeline.forward`), so only tokens, never logits, travel for a generation.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -27,6 +27,7 @@ from .tensors import to_frames, to_message
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+Sender = Callable[[StepKey, ShardliftError], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +42,8 @@ class IncomingStep:
 class StagePipeline:
     """A resident stage, the sessions on it, and its link to the next stage.
 
-    Everything here runs on one event loop, but for the computing: that has one thread, so a stage computes one step
-    at a time, in the order of arrival.
+    Runs on one event loop, but for the computing: that has one thread, so a stage computes one step at a time, in the
+    order of arrival. The caches belong to that thread: what frees one waits behind the step that may use it.
     """
 
     def __init__(self, stage: ResidentStage) -> None:
@@ -50,112 +51,126 @@ class StagePipeline:
         self._caches: dict[str, StageCache] = {}
         self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         self._link: Link | None = None
+        self._closed = False
         # Steps that this (last) stage started, by key: who waits for their hidden states.
         self._waiting: dict[StepKey, asyncio.Future[torch.Tensor]] = {}
         # Sessions passing through, by the callback that sends a failure back to where they came from.
-        self._senders: dict[str, Callable[[StepKey, ShardliftError], None]] = {}
+        self._senders: dict[str, Sender] = {}
 
     # -- the ring --------------------------------------------------------------------------------------------------
 
     async def join(self, next_address: str, metadata: list[tuple[str, str]]) -> None:
         """Sets (or replaces, after a stage has moved) the address of the next stage."""
-        if self._link is not None:
-            await self._link.close()
-        self._link = Link(next_address, metadata, self.fail)
+        old, self._link = self._link, Link(next_address, metadata, self.fail)
+        if old is not None:
+            await old.close()
 
     async def close(self) -> None:
-        if self._link is not None:
-            await self._link.close()
+        """Fails what waits, and frees the sessions."""
+        self._closed = True
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(ModelUnavailableError("the model is being unloaded"))
-        self._caches.clear()
-        self._compute.shutdown(wait=False, cancel_futures=True)
+        link, self._link = self._link, None
+        if link is not None:
+            await link.close()
+        self._senders.clear()
+        self._compute.submit(self._caches.clear)
+        self._compute.shutdown(wait=False)
 
     # -- sessions --------------------------------------------------------------------------------------------------
 
     @property
     def kv_bytes(self) -> int:
         """Device bytes of all sessions' keys and values."""
-        return sum(cache.size_bytes for cache in self._caches.values())
+        return sum(cache.size_bytes for cache in list(self._caches.values()))
 
     @property
     def sessions(self) -> int:
         return len(self._caches)
 
     def cache(self, session: str) -> StageCache | None:
+        """For the computing thread."""
         return self._caches.get(session)
 
-    async def end_session(self, session: str) -> None:
+    def end_session(self, session: str) -> None:
         """Frees a session here and on the stages beyond."""
         self._senders.pop(session, None)
-        self._caches.pop(session, None)
-        # The step that the session may have under way ends here; the stages beyond are told in order.
+        self._free(session)
         if self._link is not None and not self.stage.cut.is_last:
-            await self._link.end_session(session)
+            self._link.end_session(session)
 
-    def forget_sender(self, sender: Callable[[StepKey, ShardliftError], None]) -> list[str]:
-        """Sessions that came in by `sender`, whose stream has ended: nobody could go on with them."""
-        gone = [session for session, known in self._senders.items() if known is sender]
-        for session in gone:
-            self._senders.pop(session, None)
-            self._caches.pop(session, None)
-        return gone
+    def finish_session(self, session: str) -> None:
+        """Frees a session on every stage; called where it was started."""
+        self._free(session)
+        if self._link is not None and not self.stage.cut.is_first:
+            self._link.end_session(session)
+
+    def forget_sender(self, sender: Sender) -> None:
+        """Ends the sessions that came in by `sender`, whose stream has ended: nobody could go on with them."""
+        for session in [session for session, known in self._senders.items() if known is sender]:
+            self.end_session(session)
+
+    def _free(self, session: str) -> None:
+        if not self._closed:
+            self._compute.submit(self._caches.pop, session, None)
 
     # -- computing -------------------------------------------------------------------------------------------------
 
     async def run(self, function: Callable[[], T]) -> T:
-        """Runs `function` on the computing thread. Errors that aren't ours become ours, out of memory by name."""
+        """Runs `function` on the computing thread. Memory that runs out is OutOfMemoryError."""
+        if self._closed:
+            raise ModelUnavailableError("the model is being unloaded")
         try:
             return await asyncio.get_running_loop().run_in_executor(self._compute, function)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemoryError(
-                f"device {self.stage.device} ran out of memory ({self.kv_bytes:,} bytes of it hold keys and values of "
-                f"{self.sessions} sessions): shorten or close sessions, or load with more stages"
-            ) from error
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            held = f"{self.kv_bytes:,} bytes of it hold keys and values of {self.sessions} sessions"
+        # Outside the handler: the error's traceback keeps what filled the memory.
+        if self.stage.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise OutOfMemoryError(
+            f"device {self.stage.device} ran out of memory ({held}): "
+            "shorten the input, close sessions, or load the model over more devices"
+        )
 
-    def _compute_step(self, key: StepKey, step: StepInput, reset_cache: bool, logits_to_keep: int) -> torch.Tensor:
+    def _compute_step(self, step: IncomingStep, logits_to_keep: int = 0) -> torch.Tensor:
         cache: StageCache | None = None
-        if step.use_cache:
-            cache = None if reset_cache else self._caches.get(key.session)
+        if step.input.use_cache:
+            session = step.key.session
+            cache = None if step.reset_cache else self._caches.get(session)
             if cache is None:
-                if key.number > 0 and not reset_cache:
+                if step.key.number > 0 and not step.reset_cache:
+                    cut = self.stage.cut
                     raise ModelUnavailableError(
-                        f"stage of layers {self.stage.cut.first} to {self.stage.cut.end - 1} no longer holds session "
-                        f"{key.session}: start again"
+                        f"layers {cut.first} to {cut.end - 1} hold session {session} no longer: start again"
                     )
-                cache = self._caches[key.session] = self.stage.new_cache()
-        return self.stage.forward(step, cache, logits_to_keep)
+                cache = self._caches[session] = self.stage.new_cache()
+        return self.stage.forward(step.input, cache, logits_to_keep)
 
     # -- first and middle stages -----------------------------------------------------------------------------------
 
-    async def pass_on(self, step: IncomingStep, sender: Callable[[StepKey, ShardliftError], None]) -> None:
+    async def pass_on(self, step: IncomingStep, sender: Sender) -> None:
         """Computes a step and sends the result on; a failure goes back through `sender`."""
         self._senders[step.key.session] = sender
         try:
-            hidden = await self.run(lambda: self._compute_step(step.key, step.input, step.reset_cache, 0))
-            if step.key.session not in self._senders:
-                # It ended while it was computing.
-                self._caches.pop(step.key.session, None)
-                return
-            await self._send(step.key, step.input, hidden, reset_cache=step.reset_cache)
+            message, rest = await self.run(lambda: _message(step, self._compute_step(step)))
+            # A session that ended while it was computing is freed behind the step, and goes no further.
+            if self._senders.get(step.key.session) is sender:
+                self._send(message, rest)
         except Exception as error:
-            logger.warning("step %s failed here: %s", step.key, one_line(error))
-            self.fail(step.key, to_error(error))
+            ours = to_error(error)
+            if isinstance(ours, InternalError):
+                logger.exception("step %s failed here", step.key)
+            else:
+                logger.warning("step %s failed here: %s", step.key, one_line(error))
+            self.fail(step.key, ours)
 
-    async def _send(self, key: StepKey, step: StepInput, tensor: torch.Tensor, *, reset_cache: bool) -> None:
+    def _send(self, message: stage_pb2.Step, rest: list[bytes]) -> None:
         if self._link is None:
-            raise InternalError("a step arrived before the ring was closed")
-        head, rest = to_frames(tensor)
-        message = stage_pb2.Step(
-            key=key.message(),
-            input=head,
-            attention_mask=None if step.attention_mask is None else to_message(step.attention_mask),
-            position_ids=to_message(step.position_ids),
-            use_cache=step.use_cache,
-            reset_cache=reset_cache,
-        )
-        await self._link.send(message, rest)
+            raise ModelUnavailableError("the ring of stages is not closed")
+        self._link.send(message, rest)
 
     def fail(self, key: StepKey, error: ShardliftError) -> None:
         """A step failed here or beyond: wakes who waits for it, or sends the failure further back."""
@@ -177,26 +192,40 @@ class StagePipeline:
             waiting.set_result(step.input.input)
 
     async def forward(self, key: StepKey, step: StepInput, *, reset_cache: bool, logits_to_keep: int) -> torch.Tensor:
-        """Takes `step` (token ids) through all stages; logits [B, kept, V] on this, the last stage's device."""
+        """Takes `step` (token ids) through all stages; logits [B, kept, V] on this, the last stage's device.
+
+        Raises InvalidRequestError for ids or positions that the model has no rows for.
+        """
         assert self.stage.cut.is_last
+        self.stage.check(step)
+        whole = IncomingStep(key=key, input=step, reset_cache=reset_cache)
         if not self.stage.cut.is_first:
             future: asyncio.Future[torch.Tensor] = asyncio.get_running_loop().create_future()
             self._waiting[key] = future
             try:
-                await self._send(key, step, step.input, reset_cache=reset_cache)
+                self._send(*_message(whole, step.input))
                 hidden = await future
             finally:
-                self._waiting.pop(key, None)
-            step = StepInput(
-                input=hidden,
-                attention_mask=step.attention_mask,
-                position_ids=step.position_ids,
-                use_cache=step.use_cache,
-            )
-        return await self.run(lambda: self._compute_step(key, step, reset_cache, logits_to_keep))
+                del self._waiting[key]
+                future.cancel()
+            whole = replace(whole, input=replace(step, input=hidden))
+        return await self.run(lambda: self._compute_step(whole, logits_to_keep))
 
-    async def finish_session(self, session: str) -> None:
-        """Frees a session on every stage; called where it was started."""
-        self._caches.pop(session, None)
-        if self._link is not None and not self.stage.cut.is_first:
-            await self._link.end_session(session)
+
+def _message(step: IncomingStep, tensor: torch.Tensor) -> tuple[stage_pb2.Step, list[bytes]]:
+    """`step` with `tensor` for its input, as it goes to the next stage. Copies to the host: not for the event loop."""
+    head, rest = to_frames(tensor)
+    mask = step.input.attention_mask
+    message = stage_pb2.Step(
+        key=step.key.message(),
+        input=head,
+        attention_mask=None if mask is None else to_message(mask.bool()),
+        position_ids=to_message(step.input.position_ids.int()),
+        use_cache=step.input.use_cache,
+        reset_cache=step.reset_cache,
+    )
+    return message, list(rest)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

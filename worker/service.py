@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 import grpc.aio
@@ -14,10 +14,10 @@ import torch
 from google.protobuf.json_format import MessageToDict
 
 from ..proto.v1 import inference_pb2, inference_pb2_grpc, stage_pb2, stage_pb2_grpc
-from ..proto.v1.errors import AuthenticationError, InvalidRequestError, ShardliftError
+from ..proto.v1.errors import AuthenticationError, InternalError, InvalidRequestError, ShardliftError
 from ..proto.v1.status import code_of, to_error, to_status
 from ..proto.v1.tensor_pb2 import Tensor
-from ..proto.v1.wire import CHANNEL_OPTIONS, Assembly
+from ..proto.v1.wire import STAGE_SERVER_OPTIONS, Assembly
 from .generation import DecodedStep, Decoding, Forward
 from .links import StepKey
 from .pipeline import IncomingStep, StagePipeline
@@ -60,14 +60,17 @@ class StageServer:
     def __init__(self, stage: ResidentStage, *, secret: str) -> None:
         self.pipeline = StagePipeline(stage)
         self._metadata = [(SECRET_HEADER, secret)]
-        self._server = grpc.aio.server(interceptors=[_SecretInterceptor(secret)], options=CHANNEL_OPTIONS)
+        self._server = grpc.aio.server(interceptors=[_SecretInterceptor(secret)], options=STAGE_SERVER_OPTIONS)
         stage_pb2_grpc.add_StageServiceServicer_to_server(_StageService(self.pipeline), self._server)
         if stage.cut.is_last:
             inference_pb2_grpc.add_InferenceServiceServicer_to_server(_InferenceService(self.pipeline), self._server)
 
     async def start(self, host: str) -> str:
         """Listens on a free port of `host`; gives "host:port"."""
+        host = f"[{host}]" if ":" in host else host
         port = self._server.add_insecure_port(f"{host}:0")
+        if not port:
+            raise InternalError(f"no port of {host} can be listened on")
         await self._server.start()
         return f"{host}:{port}"
 
@@ -76,8 +79,9 @@ class StageServer:
         await self.pipeline.join(next_address, self._metadata)
 
     async def stop(self, grace_s: float = 0.5) -> None:
-        await self._server.stop(grace_s)
+        # The pipeline first: who waits for a step is told why, before the server cuts them off.
         await self.pipeline.close()
+        await self._server.stop(grace_s)
 
 
 class _StageService(stage_pb2_grpc.StageServiceServicer):
@@ -105,8 +109,7 @@ class _StageService(stage_pb2_grpc.StageServiceServicer):
                 await context.abort_with_status(to_status(to_error(reading.exception() or Exception())))  # type: ignore[attr-defined] # missing in grpc-stubs
         finally:
             reading.cancel()
-            for session in self._pipeline.forget_sender(send_back):
-                await self._pipeline.end_session(session)
+            self._pipeline.forget_sender(send_back)
 
     async def _read(
         self,
@@ -120,7 +123,7 @@ class _StageService(stage_pb2_grpc.StageServiceServicer):
             async for request in requests:
                 kind = request.WhichOneof("frame")
                 if kind == "end":
-                    await self._pipeline.end_session(request.end.session)
+                    self._pipeline.end_session(request.end.session)
                     continue
                 if kind == "step":
                     if assembly is not None:
@@ -150,7 +153,7 @@ def _incoming(head: stage_pb2.Step, assembly: Assembly) -> IncomingStep:
         input=StepInput(
             input=from_bytes(assembly.shape, assembly.dtype, assembly.data),
             attention_mask=from_message(head.attention_mask) if head.HasField("attention_mask") else None,
-            position_ids=from_message(head.position_ids),
+            position_ids=from_message(head.position_ids).long(),
             use_cache=head.use_cache,
         ),
         reset_cache=head.reset_cache,
@@ -171,29 +174,34 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         except Exception as error:
             await _abort(context, error)
         finally:
-            await session.end()
+            session.end()
 
     async def Forward(
         self, request_iterator: AsyncIterator[inference_pb2.ForwardRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[inference_pb2.ForwardResponse]:
         session = _Session(self._pipeline)
-        past = 0
+        past, batch = 0, 0
         try:
             async for request in request_iterator:
                 step = _forward_step(request, past)
-                logits = await session.forward(
-                    Forward(input=step, logits_to_keep=request.logits_to_keep, reset_cache=False)
+                if past and (step.input.shape[0] != batch or not step.use_cache):
+                    raise InvalidRequestError(
+                        f"this session keeps {past} tokens of {batch} rows: its passes need as many rows, and use_cache"
+                    )
+                batch = step.input.shape[0]
+                forward = Forward(
+                    input=step, logits_to_keep=request.logits_to_keep, reset_cache=step.use_cache and not past
                 )
-                if request.use_cache:
-                    past += step.input.shape[1]
-                head, rest = to_frames(logits)
+                logits = await session.forward(forward)
+                past += step.input.shape[1] if step.use_cache else 0
+                head, rest = await self._pipeline.run(lambda passed=logits: to_frames(passed))  # type: ignore[misc]
                 yield inference_pb2.ForwardResponse(logits=head)
                 for frame in rest:
                     yield inference_pb2.ForwardResponse(more=frame)
         except Exception as error:
             await _abort(context, error)
         finally:
-            await session.end()
+            session.end()
 
 
 class _Session:
@@ -217,9 +225,8 @@ class _Session:
         cache = self._pipeline.cache(self._name)
         return None if cache is None else cache.cache
 
-    async def end(self) -> None:
-        # A cancelled call must free its session all the same.
-        await asyncio.shield(asyncio.create_task(self._pipeline.finish_session(self._name)))
+    def end(self) -> None:
+        self._pipeline.finish_session(self._name)
 
 
 async def _generate(
@@ -245,8 +252,8 @@ async def _generate(
     for forward in await pipeline.run(decoding.prefill):
         logits = await session.forward(forward)
     while True:
-        step = await pipeline.run(lambda passed=logits: decoding.advance(passed))  # type: ignore[misc]
-        for response in _step_messages(step):
+        step, responses = await pipeline.run(lambda passed=logits: _advance(decoding, passed))  # type: ignore[misc]
+        for response in responses:
             yield response
         if step.finished:
             break
@@ -259,19 +266,18 @@ async def _generate(
     )
 
 
-def _step_messages(step: DecodedStep) -> Iterator[inference_pb2.GenerateResponse]:
-    """A step; the bytes of its tensors that don't fit follow, the logits' first."""
+def _advance(decoding: Decoding, logits: torch.Tensor) -> tuple[DecodedStep, list[inference_pb2.GenerateResponse]]:
+    """The next tokens, and what tells of them. The bytes of tensors that don't fit one message follow, the logits'
+    first."""
+    step = decoding.advance(logits)
     message = inference_pb2.GeneratedStep(token_ids=step.tokens)
-    later: list[Iterator[bytes]] = []
+    later: list[inference_pb2.GenerateResponse] = []
     for tensor, field in ((step.logits, message.logits), (step.scores, message.scores)):
         if tensor is not None:
             head, rest = to_frames(tensor)
             field.CopyFrom(head)
-            later.append(rest)
-    yield inference_pb2.GenerateResponse(step=message)
-    for frames in later:
-        for frame in frames:
-            yield inference_pb2.GenerateResponse(more=frame)
+            later += [inference_pb2.GenerateResponse(more=frame) for frame in rest]
+    return step, [inference_pb2.GenerateResponse(step=message), *later]
 
 
 def _forward_step(request: inference_pb2.ForwardRequest, past: int) -> StepInput:

@@ -8,6 +8,7 @@ the canary for versions after.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,7 +34,13 @@ from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils.generic import ContextManagers
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from ..proto.v1.errors import InvalidRequestError, TensorMismatchError, UnsupportedModelError, one_line
+from ..proto.v1.errors import (
+    InvalidRequestError,
+    ShardliftError,
+    TensorMismatchError,
+    UnsupportedModelError,
+    one_line,
+)
 from .anatomy import Anatomy, Cut, Place, anatomy_of, place_of
 from .tensors import dtype_name
 
@@ -178,8 +185,12 @@ def build_skeleton(
                 quantizer.preprocess_model(
                     model=model, dtype=dtype, device_map=device_map, checkpoint_files=None, use_kernels=False
                 )
-    except (ValueError, TypeError, ImportError) as error:
-        raise InvalidRequestError(f"the model can't be built as asked: {one_line(error)}") from error
+    except ShardliftError:
+        raise
+    except Exception as error:
+        # What the user's values make transformers raise is of any kind: a KeyError for an unknown activation.
+        text = f"{type(error).__name__}: {one_line(error)}" if isinstance(error, LookupError) else one_line(error)
+        raise InvalidRequestError(f"the model can't be built as asked: {text}") from error
     skeleton = Skeleton(
         model=model,
         anatomy=anatomy,
@@ -201,6 +212,10 @@ def _quantization_config(quantization: Mapping[str, Any] | None) -> Any:
     unknown = sorted(set(quantization) - set(config.to_dict()) - {"load_in_4bit", "load_in_8bit", "_load_in_4bit"})
     if unknown:
         raise InvalidRequestError(f"quantization config has unknown fields: {', '.join(unknown)}")
+    kind = getattr(config, "bnb_4bit_quant_type", "nf4")
+    if kind not in ("fp4", "nf4"):
+        # bitsandbytes would notice at the first weight.
+        raise InvalidRequestError(f"bnb_4bit_quant_type {kind!r} is neither 'nf4' nor 'fp4'")
     return config
 
 
@@ -223,12 +238,13 @@ class KeyMap:
         self._converters = [entry for entry in skeleton.weight_mapping if isinstance(entry, WeightConverter)]
         self._meta = skeleton.model.state_dict()
 
-    def __call__(self, key: str) -> tuple[str, bool]:
-        """The parameter's name, and whether the tensor is converted (merged, split, transposed) on the way there."""
+    def __call__(self, key: str) -> tuple[str, str | None]:
+        """The parameter's name; and where the tensor is converted (merged, split, transposed) on the way there, the
+        pattern that it goes by."""
         renamed, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self._meta)
         if renamed not in self._meta and key in self._meta:
             renamed, pattern = rename_source_key(key, [], [], self._prefix, self._meta)
-        return renamed, pattern is not None
+        return renamed, pattern
 
     def __contains__(self, name: str) -> bool:
         return name in self._meta
@@ -267,11 +283,13 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def loading_order(keys: list[str], key_map: KeyMap) -> list[str]:
-    """`keys` in the order in which `load_weights` takes them: that of the first key of each target."""
-    targets: dict[str, list[str]] = {}
+    """`keys` in the order in which `load_weights` takes them: target by target, and of a merged one pattern by pattern,
+    each where its first key stands."""
+    targets: dict[str, dict[str | None, list[str]]] = {}
     for key in sorted(keys, key=dot_natural_key):
-        targets.setdefault(key_map(key)[0], []).append(key)
-    return [key for group in targets.values() for key in group]
+        target, pattern = key_map(key)
+        targets.setdefault(target, {}).setdefault(pattern, []).append(key)
+    return [key for patterns in targets.values() for group in patterns.values() for key in group]
 
 
 class _PassThrough(nn.Module):
@@ -360,6 +378,9 @@ def load_weights(skeleton: Skeleton, tensors: Mapping[str, LazyTensor], device: 
         hf_quantizer=quantizer,
         weight_mapping=skeleton.weight_mapping,
     )
+    # Without quantization, transformers would take all tensors at once, by threads, in another order: what was fetched
+    # would pile up before it is converted.
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     with _quiet_transformers():
         info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), load_config)
         # A failed conversion is reported at the end by transformers; what it couldn't convert counts as missing.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from ..proto.v1.errors import InvalidRequestError
 from .anatomy import Anatomy, Cut
 from .kv import StageCache
 
@@ -40,6 +41,24 @@ class ResidentStage:
         self.cut = cut
         self.device = torch.device(device)
         self._base = getattr(model, anatomy.base)
+        config = model.config.get_text_config(decoder=True)
+        self._vocabulary: int = config.vocab_size
+        # Rotary positions have no end; learned ones are rows of a table.
+        self._positions: int | None = config.max_position_embeddings if anatomy.additive else None
+
+    def check(self, step: StepInput) -> None:
+        """Raises InvalidRequestError for token ids or positions outside the model's tables.
+
+        On CUDA such an index is an assertion on the device, which ends every session on it.
+        """
+        ids, positions = step.input, step.position_ids
+        if int(ids.min()) < 0 or int(ids.max()) >= self._vocabulary:
+            worst = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+            raise InvalidRequestError(f"token id {worst} is outside the vocabulary of {self._vocabulary}")
+        if int(positions.min()) < 0 or (self._positions is not None and int(positions.max()) >= self._positions):
+            raise InvalidRequestError(
+                f"position {int(positions.max())} is outside the model's {self._positions} positions: shorten the input"
+            )
 
     def new_cache(self) -> StageCache:
         return StageCache(self.model.config, self.cut)

@@ -9,7 +9,7 @@ import torch
 
 from ..proto.v1.errors import InvalidRequestError
 from ..proto.v1.tensor_pb2 import Tensor
-from ..proto.v1.wire import ITEM_BYTES, Assembly, first_frame, later_frames
+from ..proto.v1.wire import FRAME_BYTES, ITEM_BYTES, Assembly, first_frame, later_frames
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -32,10 +32,14 @@ def to_frames(tensor: torch.Tensor) -> tuple[Tensor, Iterator[bytes]]:
 
 
 def to_message(tensor: torch.Tensor) -> Tensor:
-    """A small tensor as one message."""
-    head, rest = to_frames(tensor)
-    assert not any(True for _ in rest), tensor.shape
-    return head
+    """A small tensor as one message. Raises InvalidRequestError for one over FRAME_BYTES."""
+    size = tensor.numel() * tensor.element_size()
+    if size > FRAME_BYTES:
+        raise InvalidRequestError(
+            f"a mask or positions of shape {list(tensor.shape)} take {size:,} bytes; at most {FRAME_BYTES:,} can be "
+            "sent: use fewer rows or shorter ones"
+        )
+    return to_frames(tensor)[0]
 
 
 def from_bytes(shape: list[int], dtype: str, data: bytes | bytearray) -> torch.Tensor:

@@ -66,20 +66,31 @@ def to_status(error: BaseException) -> grpc.Status:
     return rpc_status.to_status(status_pb2.Status(code=code_of(ours), message=str(ours), details=[detail]))
 
 
+def _ours(error: grpc.RpcError) -> tuple[str, str] | None:
+    """Reason and message of a status that a shardlift server made; None for any other."""
+    try:
+        status = rpc_status.from_call(error)  # type: ignore[arg-type] # what a call raises is a Call, too
+    except (ValueError, NotImplementedError, AttributeError):
+        return None
+    for detail in status.details if status is not None else ():
+        info = error_details_pb2.ErrorInfo()
+        if detail.Is(info.DESCRIPTOR) and detail.Unpack(info) and info.domain == DOMAIN:
+            return info.reason, status.message
+    return None
+
+
+def sent_by_us(error: grpc.RpcError) -> bool:
+    """Whether a shardlift server made this status, rather than gRPC itself."""
+    return _ours(error) is not None
+
+
 def from_rpc_error(error: grpc.RpcError, address: str) -> Exception:
     """What a client raises for `error`: the server's exception where it sent one, else by code.
 
     `address` is named where nobody answered.
     """
-    try:
-        status = rpc_status.from_call(error)  # type: ignore[arg-type] # what a call raises is a Call, too
-    except (ValueError, NotImplementedError, AttributeError):
-        status = None
-    if status is not None:
-        for detail in status.details:
-            info = error_details_pb2.ErrorInfo()
-            if detail.Is(info.DESCRIPTOR) and detail.Unpack(info) and info.domain == DOMAIN:
-                return from_reason(info.reason, status.message)
+    if (ours := _ours(error)) is not None:
+        return from_reason(*ours)
     code = error.code().value[0]
     text = " ".join(str(error.details() or "").split())
     if code == code_pb2.UNAVAILABLE:

@@ -37,6 +37,19 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 ]
+# Towards stages and between them: a node that vanished without a word is noticed within seconds.
+STAGE_CHANNEL_OPTIONS: list[tuple[str, int]] = [
+    *CHANNEL_OPTIONS,
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+# What such clients may do without being sent away for too many pings.
+STAGE_SERVER_OPTIONS: list[tuple[str, int]] = [
+    *CHANNEL_OPTIONS,
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
 
 
 def tensor_bytes(tensor: Tensor, limit_bytes: int = MAX_TENSOR_BYTES) -> int:
@@ -50,10 +63,13 @@ def tensor_bytes(tensor: Tensor, limit_bytes: int = MAX_TENSOR_BYTES) -> int:
         raise InvalidRequestError(f"a tensor of {len(tensor.shape)} dimensions; at most {MAX_DIMENSIONS} are accepted")
     if any(extent < 0 for extent in tensor.shape):
         raise InvalidRequestError(f"tensor shape {list(tensor.shape)} has a negative extent")
-    size = prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+    # An extent of 0 doesn't excuse the others: libraries multiply them all the same.
+    size = prod(max(extent, 1) for extent in tensor.shape) * ITEM_BYTES[tensor.dtype]
     if size > limit_bytes:
-        raise InvalidRequestError(f"a tensor of {size:,} bytes is over the limit of {limit_bytes:,}")
-    return size
+        raise InvalidRequestError(
+            f"a tensor of shape {list(tensor.shape)} has {size:,} bytes, over the limit of {limit_bytes:,}"
+        )
+    return 0 if 0 in tensor.shape else size
 
 
 def first_frame(shape: list[int], dtype: str, data: memoryview) -> Tensor:

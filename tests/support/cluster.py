@@ -36,6 +36,11 @@ class RunningCluster:
         named = ray.util.list_named_actors(all_namespaces=True)
         return sorted(actor["name"] for actor in named if actor["name"].startswith("stage:"))
 
+    def pid(self, actor: str) -> int:
+        """The process of a named actor."""
+        handle = ray.get_actor(actor, namespace="shardlift")
+        return int(ray.get(handle.__ray_call__.remote(lambda self: os.getpid())))
+
     def placement_groups(self) -> list[str]:
         """Names of the placement groups that exist."""
         return sorted(group["name"] for group in placement_group_table().values() if group["state"] != "REMOVED")

@@ -39,16 +39,20 @@ def specs(
     ends = [*ends, -1]
     options = ModelOptions(dtype=dtype, quantization=quantization, attn_implementation=attn_implementation)
     request = CheckpointRequest(path=str(folder))
-    layers = len(plan_model(request, None, options, PlanOptions(), parse_devices("1TiB")).layout.outline.sizes.layers)
+    layers = len(
+        plan_model(request, None, options, PlanOptions(), parse_devices("1TiB")).outlined.layout.outline.sizes.layers
+    )
     by_module: dict[str, str] = {"": "0"}
     planned = plan_model(request, None, options, PlanOptions(), parse_devices(f"{len(ends)}x1TiB"))
-    base = next(name for name, place in planned.layout.outline.modules if place.part == "layer").rsplit(".", 1)[0]
+    base = next(name for name, place in planned.outlined.layout.outline.modules if place.part == "layer").rsplit(
+        ".", 1
+    )[0]
     first = 0
     for index, end in enumerate(ends):
         last = layers if end < 0 else end
         by_module |= {f"{base}.{layer}": str(index) for layer in range(first, last)}
         first = last
-    for name, place in planned.layout.outline.modules:
+    for name, place in planned.outlined.layout.outline.modules:
         if place.part == "after":
             by_module[name] = str(len(ends) - 1)
     spread = PlanOptions(by_module=by_module)

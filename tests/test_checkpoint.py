@@ -1,0 +1,403 @@
+"""Reading checkpoints from folders and from a Hub, sound and broken ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from shardlift.cluster.checkpoint import Checkpoint, CheckpointRequest, read_checkpoint
+from shardlift.proto.v1.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    GatedCheckpointError,
+    InvalidRequestError,
+    ShardliftError,
+    SourceError,
+    UnsupportedModelError,
+)
+from shardlift.worker.anatomy import Cut
+from shardlift.worker.records import DTYPES
+from shardlift.worker.spec import StageSpec
+from tests.support.hub import HubServer
+
+TOKEN = "hf_averysecrettoken"
+CONFIG = {"model_type": "llama", "num_hidden_layers": 2}
+TENSORS = {f"t{index}": torch.full((3, index + 1), float(index)) for index in range(4)}
+
+
+def write(folder: Path, shards: Mapping[str, Mapping[str, torch.Tensor]], *, index: str = "") -> Path:
+    """A checkpoint of `shards`: file name -> tensors, with an index of that name if one is given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    for file, tensors in shards.items():
+        save_file(dict(tensors), folder / file)
+    if index:
+        weight_map = {key: file for file, tensors in shards.items() for key in tensors}
+        (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def single(folder: Path) -> Path:
+    return write(folder, {"model.safetensors": TENSORS})
+
+
+def sharded(folder: Path) -> Path:
+    halves = [dict(list(TENSORS.items())[:2]), dict(list(TENSORS.items())[2:])]
+    return write(
+        folder,
+        {f"model-0000{number}-of-00002.safetensors": half for number, half in enumerate(halves, 1)},
+        index="model.safetensors.index.json",
+    )
+
+
+def check(checkpoint: Checkpoint, folder: Path) -> None:
+    """Each record against safetensors' own reader, and its bytes against the file's."""
+    assert set(checkpoint.records) == set(TENSORS)
+    for key, record in checkpoint.records.items():
+        with safe_open(folder / record.file, framework="pt") as theirs:
+            tensor = theirs.get_tensor(key)
+        assert record.shape == tuple(tensor.shape)
+        data = (folder / record.file).read_bytes()[record.start : record.end]
+        dtype = getattr(torch, DTYPES[record.dtype][0])
+        assert torch.equal(torch.frombuffer(bytearray(data), dtype=dtype).reshape(record.shape), tensor)
+    assert {record.file for record in checkpoint.records.values()} == set(checkpoint.versions)
+    for file, version in checkpoint.versions.items():
+        assert version.size_bytes == (folder / file).stat().st_size
+
+
+# ---- what is there ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+Read = Callable[..., Checkpoint]
+
+
+@pytest.fixture(params=["folder", "hub"])
+def read(request: pytest.FixtureRequest, hub: HubServer) -> Read:
+    """Reads a folder, as it is or from a Hub that serves it."""
+
+    def from_folder(folder: Path, **fields: Any) -> Checkpoint:
+        return read_checkpoint(CheckpointRequest(path=str(folder), **fields), None)
+
+    def from_hub(folder: Path, **fields: Any) -> Checkpoint:
+        hub.add_repo("org/model", folder)
+        return read_checkpoint(CheckpointRequest(path="org/model", hub_endpoint=hub.endpoint, **fields), False)
+
+    return from_hub if request.param == "hub" else from_folder
+
+
+@pytest.mark.parametrize("make", [single, sharded])
+def test_tensors(read: Read, tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    folder = make(tmp_path)
+    # As in repositories of Mistral: the same weights once more, in another form.
+    save_file(TENSORS, folder / "consolidated.safetensors")
+    save_file(TENSORS, folder / "consolidated-00001-of-00001.safetensors")
+    checkpoint = read(folder)
+    check(checkpoint, folder)
+    assert checkpoint.config == CONFIG
+    assert checkpoint.generation_config is None
+
+
+def test_a_generation_config_and_a_header_longer_than_the_first_guess(read: Read, tmp_path: Path) -> None:
+    single(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"top_p": 0.5}')
+    save_file(TENSORS, tmp_path / "model.safetensors", metadata={"note": "x" * 100_000})
+    checkpoint = read(tmp_path)
+    check(checkpoint, tmp_path)
+    assert checkpoint.generation_config == {"top_p": 0.5}
+
+
+def test_a_subfolder(read: Read, tmp_path: Path) -> None:
+    sharded(tmp_path / "inner")
+    checkpoint = read(tmp_path, subfolder="inner")
+    check(checkpoint, tmp_path / "inner")
+    assert checkpoint.source.subfolder == "inner"
+    with pytest.raises(CheckpointNotFoundError, match="config"):
+        read(tmp_path, subfolder="outer")
+
+
+def test_a_variant(read: Read, tmp_path: Path) -> None:
+    single(tmp_path)
+    halves = {key: tensor.half() for key, tensor in TENSORS.items()}
+    save_file(halves, tmp_path / "model.fp16.safetensors")
+    checkpoint = read(tmp_path, variant="fp16")
+    assert {record.dtype for record in checkpoint.records.values()} == {"F16"}
+    check(checkpoint, tmp_path)
+    write(tmp_path, {"model.bf16-1.safetensors": TENSORS}, index="model.safetensors.index.bf16.json")
+    check(read(tmp_path, variant="bf16"), tmp_path)
+    with pytest.raises(CheckpointNotFoundError, match="no safetensors weights of variant 'fp8'"):
+        read(tmp_path, variant="fp8")
+
+
+def test_revisions(hub: HubServer, tmp_path: Path) -> None:
+    old, new = single(tmp_path / "old"), sharded(tmp_path / "new")
+    first = hub.add_repo("org/revisions", old, revisions={"v1.0": "main"})
+    second = hub.add_repo("org/revisions", new)
+    third = hub.add_repo("org/revisions", old, revision="refs/pr/1")
+    assert third == first
+    for revision, commit in {
+        "main": second,
+        "": second,
+        "v1.0": first,
+        first: first,
+        second: second,
+        "refs/pr/1": first,
+    }.items():
+        request = CheckpointRequest(path="org/revisions", revision=revision, hub_endpoint=hub.endpoint)
+        checkpoint = read_checkpoint(request, False)
+        assert checkpoint.source.commit == commit
+        check(checkpoint, old if commit == first else new)
+
+
+def test_only_headers_are_read(hub: HubServer, tmp_path: Path) -> None:
+    folder = write(tmp_path, {"model.safetensors": {"big": torch.zeros(1 << 20)}})
+    hub.add_repo("org/big", folder)
+    hub.clear()
+    read_checkpoint(CheckpointRequest(path="org/big", hub_endpoint=hub.endpoint), False)
+    assert hub.bytes_sent("org/big") <= 64 << 10
+
+
+# ---- what is wrong ---------------------------------------------------------------------------------------------------
+
+
+def refusal(read: Callable[[], object]) -> tuple[type[Exception], str]:
+    with pytest.raises(ShardliftError) as caught:
+        read()
+    text = str(caught.value)
+    assert "\n" not in text
+    assert TOKEN not in text
+    assert "Traceback" not in text
+    assert len(text) < 600
+    return type(caught.value), text
+
+
+def _no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def _adapter(folder: Path) -> None:
+    _no_config(folder)
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def _text(file: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / file).write_text(text) and None
+
+
+def _pickled(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+        (folder / name).write_bytes(b"pickle")
+
+    return change
+
+
+def _index(weight_map: Any) -> Callable[[Path], None]:
+    return _text("model.safetensors.index.json", json.dumps({"weight_map": weight_map}))
+
+
+def _truncated(folder: Path) -> None:
+    file = folder / "model-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+def _bytes(data: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / "model-00002-of-00002.safetensors").write_bytes(data) and None
+
+
+def _twice(folder: Path) -> None:
+    shutil.copy(folder / "model-00001-of-00002.safetensors", folder / "model-00002-of-00002.safetensors")
+
+
+SHARD = "model-00002-of-00002.safetensors"
+BROKEN: dict[str, tuple[Callable[[Path], object], type[Exception], list[str]]] = {
+    "no config": (_no_config, CheckpointNotFoundError, ["has no config.json"]),
+    "adapter": (_adapter, UnsupportedModelError, ["is an adapter", "load its base model"]),
+    "config not JSON": (_text("config.json", "{"), CorruptCheckpointError, ["config.json is not JSON"]),
+    "config no object": (_text("config.json", "[]"), CorruptCheckpointError, ["config.json holds a list"]),
+    "config deep": (_text("config.json", "[" * 100_000), CorruptCheckpointError, ["config.json is not JSON"]),
+    "config binary": (
+        lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\xfd"),
+        CorruptCheckpointError,
+        ["config.json is not JSON"],
+    ),
+    "generation config": (
+        _text("generation_config.json", "nothing"),
+        CorruptCheckpointError,
+        ["generation_config.json is not JSON"],
+    ),
+    "index not JSON": (_text("model.safetensors.index.json", ""), CorruptCheckpointError, ["index.json is not JSON"]),
+    "no weight_map": (
+        _text("model.safetensors.index.json", '{"metadata": {}}'),
+        CorruptCheckpointError,
+        ["model.safetensors.index.json has no weight_map"],
+    ),
+    "empty weight_map": (_index({}), CorruptCheckpointError, ["no weight_map"]),
+    "weight_map of lists": (_index({"t0": ["a"]}), CorruptCheckpointError, ["no safetensors file beside it"]),
+    "outside": (_index({"t0": "../secret.safetensors"}), CorruptCheckpointError, ["'../secret.safetensors'"]),
+    "absolute": (_index({"t0": "/etc/secret.safetensors"}), CorruptCheckpointError, ["beside it"]),
+    "backslash": (_index({"t0": "..\\secret.safetensors"}), CorruptCheckpointError, ["beside it"]),
+    "pickle in index": (_index({"t0": "pytorch_model.bin"}), CorruptCheckpointError, ["'pytorch_model.bin'"]),
+    "missing shard": (lambda folder: (folder / SHARD).unlink(), CheckpointNotFoundError, [SHARD, "check"]),
+    "only .bin": (
+        _pickled("pytorch_model.bin"),
+        UnsupportedModelError,
+        ["only pytorch_model.bin", "convert it once", "save_pretrained"],
+    ),
+    "only .bin shards": (
+        _pickled("pytorch_model.bin.index.json"),
+        UnsupportedModelError,
+        ["only pytorch_model.bin.index.json", "save_pretrained"],
+    ),
+    "no weights": (_pickled("readme"), CheckpointNotFoundError, ["has no safetensors weights", "model.safetensors"]),
+    "truncated": (_truncated, CorruptCheckpointError, [SHARD, "truncated", "download it again"]),
+    "empty shard": (_bytes(b""), CorruptCheckpointError, [SHARD, "truncated"]),
+    "short shard": (_bytes(b"1234567"), CorruptCheckpointError, [SHARD, "truncated"]),
+    "huge header": (_bytes(b"\xff" * 64), CorruptCheckpointError, [SHARD, "header claims"]),
+    "corrupt header": (
+        _bytes(b"\x10" + bytes(7) + b"{{{{{{{{{{{{{{{{"),
+        CorruptCheckpointError,
+        [SHARD, "not valid JSON"],
+    ),
+    "twice": (_twice, CorruptCheckpointError, ["tensor t0 is in both", SHARD]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_checkpoint(read: Read, tmp_path: Path, name: str) -> None:
+    change, error, parts = BROKEN[name]
+    change(sharded(tmp_path))
+    kind, text = refusal(lambda: read(tmp_path))
+    assert kind is error, text
+    for part in parts:
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "parts"),
+    [
+        ("", InvalidRequestError, ["no path", "org/name"]),
+        ("  ", InvalidRequestError, ["no path"]),
+        ("s3://bucket/prefix", UnsupportedModelError, ["s3://", "name a repository (org/name) or a folder"]),
+        ("https://huggingface.co/org/name", UnsupportedModelError, ["https://"]),
+        ("/there/is/no/such/folder", CheckpointNotFoundError, ["/there/is/no/such/folder does not exist"]),
+        ("./nowhere", CheckpointNotFoundError, ["./nowhere does not exist"]),
+        ("a/b/c", CheckpointNotFoundError, ["a/b/c does not exist"]),
+        ("org/" + "x" * 200, CheckpointNotFoundError, ["neither a folder nor a repository"]),
+        ("org/na--me", CheckpointNotFoundError, ["neither a folder nor a repository"]),
+    ],
+)
+def test_a_path_that_names_nothing(path: str, error: type[Exception], parts: list[str]) -> None:
+    kind, text = refusal(lambda: read_checkpoint(CheckpointRequest(path=path), TOKEN))
+    assert kind is error
+    for part in parts:
+        assert part in text
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    file = single(tmp_path) / "model.safetensors"
+    kind, text = refusal(lambda: read_checkpoint(CheckpointRequest(path=str(file)), TOKEN))
+    assert kind is CheckpointNotFoundError
+    assert "is a file: name the folder" in text
+
+
+# ---- the Hub's refusals ----------------------------------------------------------------------------------------------
+
+
+def test_unknown_repository_and_revision(hub: HubServer, tmp_path: Path) -> None:
+    hub.add_repo("org/model", single(tmp_path))
+    request = CheckpointRequest(path="org/model", hub_endpoint=hub.endpoint)
+    kind, text = refusal(lambda: read_checkpoint(replace(request, path="org/nothing"), TOKEN))
+    assert kind is CheckpointNotFoundError
+    assert "no repository org/nothing" in text
+    assert "HF_TOKEN" in text
+    for revision in ("v9", "0" * 40):
+        kind, text = refusal(lambda revision=revision: read_checkpoint(replace(request, revision=revision), TOKEN))
+        assert kind is CheckpointNotFoundError
+        assert f"no revision '{revision}'" in text
+
+
+def test_a_gated_repository(hub: HubServer, tmp_path: Path) -> None:
+    folder = single(tmp_path)
+    hub.add_repo("org/gated", folder, gated_token=TOKEN)
+    request = CheckpointRequest(path="org/gated", hub_endpoint=hub.endpoint)
+    for token in (False, "hf_another"):
+        kind, text = refusal(lambda token=token: read_checkpoint(request, token))
+        assert kind is GatedCheckpointError
+        assert "org/gated" in text
+        assert "HF_TOKEN" in text
+        assert "hf_another" not in text
+    checkpoint = read_checkpoint(request, TOKEN)
+    check(checkpoint, folder)
+    assert TOKEN not in repr(checkpoint)
+
+
+def test_nobody_at_the_endpoint() -> None:
+    with socket.socket() as taken:
+        # Bound, and nobody listens.
+        taken.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        request = CheckpointRequest(path="org/model", hub_endpoint=endpoint)
+        kind, text = refusal(lambda: read_checkpoint(request, TOKEN))
+    assert kind is SourceError
+    assert endpoint in text
+
+
+def test_an_endpoint_that_is_no_hub(hub: HubServer, tmp_path: Path) -> None:
+    hub.add_repo("org/model", single(tmp_path))
+    for path in ("/nothing", ""):
+        endpoint = (hub.cdn_endpoint if not path else hub.endpoint) + path
+        kind, text = refusal(
+            lambda endpoint=endpoint: read_checkpoint(CheckpointRequest(path="org/model", hub_endpoint=endpoint), TOKEN)
+        )
+        assert kind in (CheckpointNotFoundError, SourceError)
+        assert endpoint in text
+
+
+# ---- secrets ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_secret_in_what_may_be_printed(hub: HubServer, tmp_path: Path) -> None:
+    hub.add_repo("org/gated", single(tmp_path), gated_token=TOKEN)
+    request = CheckpointRequest(path="org/gated", hub_endpoint=hub.endpoint)
+    checkpoint = read_checkpoint(request, TOKEN)
+    spec = StageSpec(
+        model="m",
+        load_id="l",
+        index=0,
+        num_stages=1,
+        device="cpu",
+        cut=Cut(first=0, end=2, num_layers=2),
+        source=checkpoint.source,
+        records=tuple(checkpoint.records.values()),
+        versions=checkpoint.versions,
+        config=checkpoint.config,
+        generation_config=None,
+        quantization=None,
+        dtype="float32",
+        attn_implementation=None,
+        secret="the stages' own secret",
+    )
+    for value in (request, checkpoint.source, spec):
+        for text in (repr(value), str(value), f"{value}"):
+            assert TOKEN not in text
+            assert "own secret" not in text
+            assert len(text) < 400
+    assert StageSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    assert TOKEN not in json.dumps(spec.to_json())
