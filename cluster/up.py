@@ -51,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
             _join(options.ray_address)
         else:
             _start_ray(options.num_cpus, options.num_gpus)
-        address = start_controller(options.host, options.port, None if token_file is None else str(token_file))
+        port = options.port or _free_port(options.host)
+        address = start_controller(options.host, port, None if token_file is None else str(token_file))
     except Exception as error:
         ours = to_error(error)
         print(json.dumps({"error": type(ours).__name__, "message": str(ours)}), flush=True)

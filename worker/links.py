@@ -96,22 +96,26 @@ class Link:
             key, frames = await self._outbox.get()
             if key is None and (self._call is None or self._call.done()):
                 continue
+            call: grpc.aio.StreamStreamCall | None = None
             try:
+                if self._call is not None and self._call.done():
+                    # Its end hasn't been seen yet. This step was not under way; those that were are lost.
+                    if key is not None:
+                        self._latest.pop(key.session, None)
+                    self._break("it ended the stream")
+                    if key is not None:
+                        self._latest[key.session] = key
                 call = await self._opened()
+                if key is not None and self._latest.get(key.session) != key:
+                    continue  # its session has ended, or failed, meanwhile
                 for frame in frames:
                     await call.write(frame)
             except asyncio.CancelledError:
                 # Our own end, or that of the call under our hands.
-                if self._closed:
+                if call is None or not call.cancelled():
                     raise
                 self._break("the stream was cancelled")
-            except (
-                grpc.RpcError,
-                asyncio.InvalidStateError,
-                ConnectionError,
-                TimeoutError,
-                asyncio.TimeoutError,
-            ) as error:
+            except (grpc.RpcError, asyncio.InvalidStateError, OSError, asyncio.TimeoutError) as error:
                 self._break(_reason(error))
 
     async def _opened(self) -> grpc.aio.StreamStreamCall:

@@ -207,7 +207,8 @@ class StagePipeline:
                 hidden = await future
             finally:
                 del self._waiting[key]
-                future.cancel()
+                if not future.cancel() and not future.cancelled():
+                    future.exception()  # seen, even where something else ended the wait
             whole = replace(whole, input=replace(step, input=hidden))
         return await self.run(lambda: self._compute_step(whole, logits_to_keep))
 
