@@ -229,19 +229,20 @@ def test_plan_without_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == PLAN_JSON
     assert (fake / "arguments").read_text() == "-m shardlift.cluster.offline --json\n"
-    assert json.loads((fake / "stdin").read_text()) == {
+    request = json.loads((fake / "stdin").read_text())
+    assert json.loads(request["options"].pop("quantization_config_json")) == {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": False,
+        "load_in_8bit": True,
+    }
+    assert request == {
         "source": {"path": "org/tiny", "revision": "main"},
-        "options": {
-            "dtype": "auto",
-            "device_map": "auto",
-            "num_stages": 2,
-            "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": True},
-        },
+        "options": {"dtype": "auto", "device_map": "auto", "num_stages": 2},
         "devices": "8x80GiB",
     }
-    (tmp_path / "topology.json").write_text('[{"node": "a", "device": "cuda:0", "bytes": 7}]')
+    (tmp_path / "topology.json").write_text('[{"node": "a", "device": "cuda:0", "memory": 7}]')
     run("plan", "org/tiny", "--devices", str(tmp_path / "topology.json"))
-    assert json.loads((fake / "stdin").read_text())["devices"] == [{"node": "a", "device": "cuda:0", "bytes": 7}]
+    assert json.loads((fake / "stdin").read_text())["devices"] == [{"node": "a", "device": "cuda:0", "memory": 7}]
 
 
 def test_plan_without_a_cluster_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 import shardlift
 
-# from_pretrained, as shared/DESIGN.md has it. What follows these is ours to extend.
+# from_pretrained, as it was promised. What follows these is ours to extend.
 CONTRACT = {
     "config": None,
     "quantization_config": None,
