@@ -469,7 +469,7 @@ def test_from_pretrained_sends_its_arguments(
     assert (sent.num_stages, sent.dtype, sent.attn_implementation, sent.device_map) == (3, "float16", "eager", "")
     assert json.loads(sent.config_overrides_json) == {"use_cache": False}
     assert json.loads(sent.config_json)["model_type"] == "llama"
-    assert sent.config["hidden_size"] == 8
+    assert json.loads(sent.config_json)["hidden_size"] == 8
     assert json.loads(sent.quantization_config_json)["quant_method"] == "bitsandbytes"
     assert json.loads(sent.quantization_config_json)["bnb_4bit_compute_dtype"] == "bfloat16"
     model._gateway.close()

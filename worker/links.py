@@ -112,7 +112,7 @@ class Link:
                     await call.write(frame)
             except asyncio.CancelledError:
                 # Our own end, or that of the call under our hands.
-                if call is None or not call.cancelled():
+                if self._closed or call is None or not call.cancelled():
                     raise
                 self._break("the stream was cancelled")
             except (grpc.RpcError, asyncio.InvalidStateError, OSError, asyncio.TimeoutError) as error:

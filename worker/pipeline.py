@@ -66,7 +66,9 @@ class StagePipeline:
             await old.close()
 
     async def close(self) -> None:
-        """Fails what waits, and frees the sessions."""
+        """Fails what waits, and frees the sessions. Twice is as good as once."""
+        if self._closed:
+            return
         self._closed = True
         for future in self._waiting.values():
             if not future.done():
