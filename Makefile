@@ -48,8 +48,9 @@ unit: $(READY)  ## tests alone
 soak: $(READY)  ## minutes of load and faults
 	$(BIN)/python -m pytest -m soak
 
-gpu: $(READY)  ## tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu
+# A GPU machine may have no registry: where there is no .venv, its own Python must have what is needed.
+gpu:  ## tests that need a CUDA device, with .venv or, without it, PYTHON
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m pytest -m gpu
 
 proto: $(READY)  ## generate proto/v1 again from its .proto files
 	rm -rf gen && mkdir gen

@@ -53,7 +53,7 @@ class AutoModelForCausalLM:
         """Loads a checkpoint into the cluster and returns its handle once every stage is resident.
 
         Args:
-            pretrained_model_name_or_path: "org/name", a local folder, "s3://bucket/prefix", or an adapter's.
+            pretrained_model_name_or_path: "org/name" or a local folder.
             config: a config in place of the checkpoint's own.
             quantization_config: a BitsAndBytesConfig, or a dict of its fields.
             device_map: "auto", "balanced", "balanced_low_0", "sequential", "cpu", or a dict from module to device.

@@ -17,7 +17,7 @@ from .common import as_json, checkpoint, checkpoint_arguments, gateway, open_cli
 @gateway
 @as_json
 def load(path: str, name: str | None, address: str | None, token_file: str | None, json_: bool, **values: Any) -> None:
-    """Loads the checkpoint PATH ("org/name", a folder, "s3://bucket/prefix") and says where it is.
+    """Loads the checkpoint PATH ("org/name" or a folder) and says where it is.
 
     Starts a gateway here when none is named and none runs; inside a Ray job, on the job's cluster. Ctrl-C cancels.
     """

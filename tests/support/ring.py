@@ -34,8 +34,9 @@ def specs(
     quantization: Mapping[str, Any] | None = None,
     dtype: str = "auto",
     attn_implementation: str | None = None,
+    device: str = "cpu",
 ) -> list[StageSpec]:
-    """Specs of the stages that end before the layers `ends`; the last one takes the rest. On the CPU."""
+    """Specs of the stages that end before the layers `ends`; the last one takes the rest. All on one device."""
     ends = [*ends, -1]
     options = ModelOptions(dtype=dtype, quantization=quantization, attn_implementation=attn_implementation)
     request = CheckpointRequest(path=str(folder))
@@ -57,7 +58,7 @@ def specs(
             by_module[name] = str(len(ends) - 1)
     spread = PlanOptions(by_module=by_module)
     planned = plan_model(request, None, options, spread, parse_devices(f"{len(ends)}x1TiB"))
-    return [replace(spec, device="cpu") for spec in planned.specs("model", "load", SECRET)]
+    return [replace(spec, device=device) for spec in planned.specs("model", "load", SECRET)]
 
 
 class Ring:
