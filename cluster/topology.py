@@ -18,7 +18,9 @@ _PROBE_TIMEOUT_S = 60.0
 
 
 def discover() -> list[Device]:
-    """Devices with what is free on them, ordered by node. GPUs that another model holds are left out.
+    """Devices with what is free on them, ordered by node. A GPU that is held already has room for nothing, but stays
+    in the list: names and indices don't depend on who came first, and a cluster with GPUs is never taken for one
+    without.
 
     A node with GPUs offers those; where Ray was told of GPUs that aren't there, each is a slot for a CPU worker.
     A node without offers its memory to CPU workers, unless it was told to take no work (0 CPUs).
@@ -50,22 +52,18 @@ def _order(node: dict[str, Any]) -> tuple[list[tuple[int, str]], str]:
 def _gpu_devices(node: str, node_id: str, total: int, free: int, free_bytes: list[int], memory: int) -> list[Device]:
     if not free_bytes:
         share = memory // max(free, 1)
-        return [
-            Device(node=node, node_id=node_id, name=f"cpu:{index}", kind="cpu", capacity_bytes=share, slots=1)
-            for index in range(total - free, total)
+        capacities = [0] * (total - free) + [share] * free
+        kind = "cpu"
+    else:
+        # Ray decides which of a node's GPUs a worker gets; the emptiest ones are those that nobody holds.
+        emptiest = sorted(range(len(free_bytes)), key=lambda index: (-free_bytes[index], index))[:free]
+        capacities = [
+            int(size * _USABLE_PART) if index in emptiest else 0 for index, size in enumerate(free_bytes[:total])
         ]
-    # Ray decides which of a node's GPUs a worker gets; the emptiest ones are those that nobody holds.
-    usable = sorted(enumerate(free_bytes), key=lambda pair: -pair[1])[:free]
+        kind = "cuda"
     return [
-        Device(
-            node=node,
-            node_id=node_id,
-            name=f"cuda:{index}",
-            kind="cuda",
-            capacity_bytes=int(size * _USABLE_PART),
-            slots=1,
-        )
-        for index, size in sorted(usable)
+        Device(node=node, node_id=node_id, name=f"{kind}:{index}", kind=kind, capacity_bytes=capacity, slots=1)
+        for index, capacity in enumerate(capacities)
     ]
 
 

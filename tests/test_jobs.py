@@ -94,15 +94,21 @@ def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def submit(head: tuple[str, dict[str, str]], *entrypoint: str) -> subprocess.CompletedProcess[str]:
+    """Submits a job and waits for its end. Ray's job server answers a while before it can take one."""
     address, environment = head
-    return subprocess.run(
-        [str(BIN / "ray"), "job", "submit", "--address", address, "--", *entrypoint],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    deadline = time.monotonic() + 60
+    while True:
+        done = subprocess.run(
+            [str(BIN / "ray"), "job", "submit", "--address", address, "--", *entrypoint],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        if "No available agent" not in done.stdout + done.stderr or time.monotonic() > deadline:
+            return done
+        time.sleep(1)
 
 
 def run(head: tuple[str, dict[str, str]], *command: str) -> subprocess.CompletedProcess[str]:
