@@ -28,6 +28,7 @@ _FILES = (
     "vocab.txt",
 )
 _FILE_LIMIT_BYTES = 128 << 20
+_HELD_BACK_TOKENS = 8
 
 
 class Tokenizer:
@@ -92,7 +93,8 @@ class Detokenizer:
         """The text that `token_id` completes, often one word, "" while it completes none."""
         self._ids.append(token_id)
         text = self._pending()
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+        # A character has four bytes at most; what is not whole after twice as many tokens never will be.
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self._ids) - self._shown <= _HELD_BACK_TOKENS:
             return ""
         self._context, self._shown = self._shown, len(self._ids)
         return text

@@ -163,3 +163,10 @@ def test_a_template_that_refuses(smollm2_folder: Path, tmp_path: Path, template:
     with pytest.raises(InvalidRequestError, match="refuses this conversation") as refused:
         tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
     assert "\n" not in str(refused.value)
+
+
+def test_bytes_that_never_become_a_character_are_not_held_back_for_ever(tokenizer: Tokenizer) -> None:
+    broken = tokenizer.encode("🙂")[0]
+    decoder = tokenizer.decoder()
+    pieces = [decoder.add(broken) for _ in range(100)]
+    assert sum(map(bool, pieces)) >= 10
