@@ -107,14 +107,14 @@ class LoadProgress:
     def __enter__(self) -> LoadProgress:
         if self._stream.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-            from rich.progress import TransferSpeedColumn as Speed
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+            # Tensors that are resident: what is fetched runs ahead of them, and shows beside.
             self._bars = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                DownloadColumn(binary_units=True),
-                Speed(),
+                MofNCompleteColumn(),
+                TextColumn("tensors, {task.fields[fetched]} fetched"),
                 TimeRemainingColumn(),
                 console=Console(file=self._stream),
             )
@@ -142,7 +142,7 @@ class LoadProgress:
                 )
                 if self._bars is not None:
                     for stage in event.stages:
-                        self._task(stage.index, stage.fetch_bytes)
+                        self._task(stage.index)
             case StagePlaced():
                 self._places[event.stage] = f"{event.node}/{event.device}"
                 if self._bars is not None and event.stage in self._tasks:
@@ -154,8 +154,9 @@ class LoadProgress:
 
     def _progress(self, event: StageProgress) -> None:
         if self._bars is not None:
-            task = self._task(event.stage, event.fetch_bytes)
-            self._bars.update(task, completed=event.fetched_bytes, total=event.fetch_bytes)
+            fetched = f"{size(event.fetched_bytes)} of {size(event.fetch_bytes)}"
+            task = self._task(event.stage)
+            self._bars.update(task, completed=event.tensors_loaded, total=event.tensors, fetched=fetched)
             return
         now = time.monotonic()
         if event.done:
@@ -171,10 +172,10 @@ class LoadProgress:
             + (f" in {size(event.resident_bytes)}" if event.done else "")
         )
 
-    def _task(self, stage: int, total_bytes: int) -> TaskID:
+    def _task(self, stage: int) -> TaskID:
         assert self._bars is not None
         if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(self._label(stage), total=total_bytes)
+            self._tasks[stage] = self._bars.add_task(self._label(stage), total=None, fetched="nothing")
         return self._tasks[stage]
 
     def _label(self, stage: int) -> str:
