@@ -64,7 +64,9 @@ def resolve_source(request: CheckpointRequest, token: HubToken) -> SourceSpec:
     if folder.exists():
         raise CheckpointNotFoundError(f"{path} is a file: name the folder that holds config.json and the weights")
     if not _REPO_ID.fullmatch(path):
-        raise CheckpointNotFoundError(f"folder {path} does not exist on the head node")
+        raise CheckpointNotFoundError(
+            f"folder {path} does not exist (on the machine that plans: the head node, behind a gateway)"
+        )
     commit = resolve_commit(path, request.revision or "main", endpoint=request.hub_endpoint or None, token=token)
     return SourceSpec(
         kind="hub", location=path, commit=commit, endpoint=request.hub_endpoint, subfolder=request.subfolder

@@ -63,6 +63,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
         f"--port={free_port()}",
         f"--dashboard-host={HOST}",
         f"--dashboard-port={dashboard}",
+        # The agent that takes jobs also listens on 127.0.0.1, where another cluster's may be.
+        f"--dashboard-agent-listen-port={free_port()}",
         "--num-cpus=2",
         f"--memory={3 << 30}",
         f"--object-store-memory={80 << 20}",
