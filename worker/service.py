@@ -7,6 +7,7 @@ import hmac
 import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 
 import grpc
 import grpc.aio
@@ -18,7 +19,7 @@ from ..proto.v1.errors import AuthenticationError, InternalError, InvalidRequest
 from ..proto.v1.status import code_of, to_error, to_status
 from ..proto.v1.tensor_pb2 import Tensor
 from ..proto.v1.wire import STAGE_SERVER_OPTIONS, Assembly
-from .generation import DecodedStep, Decoding, Forward
+from .generation import Decoding, Forward
 from .links import StepKey
 from .pipeline import IncomingStep, StagePipeline
 from .stage import ResidentStage, StepInput
@@ -252,13 +253,12 @@ async def _generate(
     for forward in await pipeline.run(decoding.prefill):
         logits = await session.forward(forward)
     while True:
-        step, responses = await pipeline.run(lambda passed=logits: _advance(decoding, passed))  # type: ignore[misc]
-        for response in responses:
+        step = await pipeline.run(lambda passed=logits: _advance(decoding, passed, session))  # type: ignore[misc]
+        for response in step.responses:
             yield response
-        if step.finished:
+        if step.next is None:
             break
-        forward = await pipeline.run(lambda: decoding.next_forward(session.cache))
-        logits = await session.forward(forward)
+        logits = await session.forward(step.next)
     yield inference_pb2.GenerateResponse(
         finished=inference_pb2.GenerationFinished(
             new_tokens=decoding.new_tokens, reason="stop" if decoding.stopped_early else "length"
@@ -266,9 +266,19 @@ async def _generate(
     )
 
 
-def _advance(decoding: Decoding, logits: torch.Tensor) -> tuple[DecodedStep, list[inference_pb2.GenerateResponse]]:
-    """The next tokens, and what tells of them. The bytes of tensors that don't fit one message follow, the logits'
-    first."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Advanced:
+    """What to tell of a step, and the next pass, if there is one."""
+
+    responses: list[inference_pb2.GenerateResponse]
+    next: Forward | None
+
+
+def _advance(decoding: Decoding, logits: torch.Tensor, session: _Session) -> _Advanced:
+    """Chooses the next tokens and prepares their pass, in one turn on the computing thread.
+
+    The bytes of tensors that don't fit one message follow it, the logits' first.
+    """
     step = decoding.advance(logits)
     message = inference_pb2.GeneratedStep(token_ids=step.tokens)
     later: list[inference_pb2.GenerateResponse] = []
@@ -277,7 +287,10 @@ def _advance(decoding: Decoding, logits: torch.Tensor) -> tuple[DecodedStep, lis
             head, rest = to_frames(tensor)
             field.CopyFrom(head)
             later += [inference_pb2.GenerateResponse(more=frame) for frame in rest]
-    return step, [inference_pb2.GenerateResponse(step=message), *later]
+    return _Advanced(
+        responses=[inference_pb2.GenerateResponse(step=message), *later],
+        next=None if step.finished else decoding.next_forward(session.cache),
+    )
 
 
 def _forward_step(request: inference_pb2.ForwardRequest, past: int) -> StepInput:
