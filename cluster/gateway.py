@@ -205,6 +205,9 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 raise
             explained = route.explain(error)
             if isinstance(explained, ModelUnavailableError):
+                if not self._registry.serves(route):
+                    # Whichever of its stages went first, this is why.
+                    raise ModelUnavailableError(f"model {model} was unloaded") from None
                 self._registry.doubt(model)
             raise explained from None
         except asyncio.CancelledError:

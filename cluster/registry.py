@@ -91,6 +91,10 @@ class Registry:
                 entry.tokenizer = await asyncio.to_thread(Tokenizer, entry.source, None)
         return entry.tokenizer
 
+    def serves(self, route: Route) -> bool:
+        """Whether the model behind `route` is to stay: not unloaded, and not being so."""
+        return any(entry.route is route and entry.discarding is None for entry in self._entries.values())
+
     def doubt(self, name: str) -> None:
         """A call to the model failed: finds out whether the model still answers, and says so from then on."""
         entry = self._entries.get(name)
