@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
 import os
 import secrets
 import tempfile
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import grpc
-import grpc.aio
-
 from ..proto.v1.errors import AuthenticationError, InvalidRequestError, one_line
-from ..proto.v1.status import to_status
+from ..proto.v1.server import HeaderGuard
 
 _OPEN_SERVICES = ("/grpc.health.v1.Health/",)
 
@@ -54,27 +49,9 @@ def read_token(file: str | None) -> str | None:
     return token
 
 
-class TokenInterceptor(grpc.aio.ServerInterceptor):
+class TokenInterceptor(HeaderGuard):
     """Lets in calls with `authorization: Bearer <token>`; health checks need none."""
 
     def __init__(self, token: str) -> None:
-        self._expected = f"Bearer {token}".encode()
-
-        async def refuse(request: object, context: grpc.aio.ServicerContext) -> None:
-            await context.abort_with_status(  # type: ignore[attr-defined] # missing in grpc-stubs
-                to_status(
-                    AuthenticationError("the gateway wants a token, and got none or a wrong one: set SHARDLIFT_TOKEN")
-                )
-            )
-
-        self._refusal = grpc.stream_stream_rpc_method_handler(refuse)
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
-        details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
-        given = str(dict(details.invocation_metadata or ()).get("authorization", ""))
-        if details.method.startswith(_OPEN_SERVICES) or hmac.compare_digest(given.encode(), self._expected):
-            return await continuation(details)
-        return self._refusal
+        refusal = AuthenticationError("the gateway wants a token, and got none or a wrong one: set SHARDLIFT_TOKEN")
+        super().__init__("authorization", f"Bearer {token}", refusal, _OPEN_SERVICES)

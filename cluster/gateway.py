@@ -15,7 +15,8 @@ from grpc_reflection.v1alpha import reflection
 
 from ..proto.v1 import inference_pb2, inference_pb2_grpc, registry_pb2, registry_pb2_grpc
 from ..proto.v1.errors import InternalError, InvalidRequestError, ModelUnavailableError
-from ..proto.v1.status import to_error, to_status
+from ..proto.v1.server import abort
+from ..proto.v1.status import to_error
 from ..proto.v1.tensor_pb2 import Tensor
 from ..proto.v1.wire import CHANNEL_OPTIONS
 from .auth import TokenInterceptor
@@ -246,4 +247,4 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> Any:
     ours = to_error(error)
     if isinstance(ours, InternalError):
         logger.error("request failed", exc_info=error)
-    await context.abort_with_status(to_status(ours))  # type: ignore[attr-defined] # missing in grpc-stubs
+    await abort(context, ours)

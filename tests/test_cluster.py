@@ -21,17 +21,9 @@ from shardlift.client.handle import RemoteModel
 from tests.support import checkpoints
 from tests.support.cluster import ADDRESSES, RunningCluster, eventually
 from tests.support.hub import HubServer
+from tests.support.quantization import nf4
 
 DECODED = 32
-
-
-def nf4() -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -9,25 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from shardlift.worker.anatomy import FAMILIES
 from tests.support import checkpoints, ring
+from tests.support.quantization import nf4
 
 LENGTH = 21
 DECODED = 32
 CHUNKS = (12, 7, 2)
 CUTS: dict[str, tuple[int, ...]] = {"one stage": (), "two": (1,), "three": (1, 3)}
 CASES = [(family, None) for family in sorted(FAMILIES)] + [("llama", True)]
-
-
-def nf4() -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
 
 
 def test_every_supported_family_is_proven_here() -> None:

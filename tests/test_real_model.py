@@ -7,21 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from tests.support import ring
+from tests.support.quantization import nf4
 
 DECODED = 32
 CUTS: dict[str, tuple[int, ...]] = {"one stage": (), "two": (11,), "three": (4, 21)}
-
-
-def nf4() -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
 
 
 @pytest.fixture(scope="module")

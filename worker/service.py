@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 import grpc
@@ -16,7 +15,8 @@ from google.protobuf.json_format import MessageToDict
 
 from ..proto.v1 import inference_pb2, inference_pb2_grpc, stage_pb2, stage_pb2_grpc
 from ..proto.v1.errors import AuthenticationError, InternalError, InvalidRequestError, ShardliftError
-from ..proto.v1.status import code_of, to_error, to_status
+from ..proto.v1.server import HeaderGuard, abort
+from ..proto.v1.status import code_of, to_error
 from ..proto.v1.tensor_pb2 import Tensor
 from ..proto.v1.wire import STAGE_SERVER_OPTIONS, Assembly
 from .generation import Decoding, Forward
@@ -30,28 +30,6 @@ logger = logging.getLogger(__name__)
 SECRET_HEADER = "x-shardlift-stage-secret"
 
 
-class _SecretInterceptor(grpc.aio.ServerInterceptor):
-    """Lets in only calls that carry this model's own secret."""
-
-    def __init__(self, secret: str) -> None:
-        self._secret = secret.encode()
-
-        async def refuse(request: object, context: grpc.aio.ServicerContext) -> None:
-            await context.abort_with_status(to_status(AuthenticationError("this stage belongs to another model")))  # type: ignore[attr-defined] # missing in grpc-stubs
-
-        self._refusal = grpc.stream_stream_rpc_method_handler(refuse)
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
-        details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
-        given = dict(details.invocation_metadata or ()).get(SECRET_HEADER, "")
-        if hmac.compare_digest(str(given).encode(), self._secret):
-            return await continuation(details)
-        return self._refusal
-
-
 class StageServer:
     """Serves one resident stage on a port of its own until `stop`.
 
@@ -61,7 +39,8 @@ class StageServer:
     def __init__(self, stage: ResidentStage, *, secret: str) -> None:
         self.pipeline = StagePipeline(stage)
         self._metadata = [(SECRET_HEADER, secret)]
-        self._server = grpc.aio.server(interceptors=[_SecretInterceptor(secret)], options=STAGE_SERVER_OPTIONS)
+        guard = HeaderGuard(SECRET_HEADER, secret, AuthenticationError("this stage belongs to another model"))
+        self._server = grpc.aio.server(interceptors=[guard], options=STAGE_SERVER_OPTIONS)
         stage_pb2_grpc.add_StageServiceServicer_to_server(_StageService(self.pipeline), self._server)
         if stage.cut.is_last:
             inference_pb2_grpc.add_InferenceServiceServicer_to_server(_InferenceService(self.pipeline), self._server)
@@ -106,8 +85,8 @@ class _StageService(stage_pb2_grpc.StageServiceServicer):
         try:
             while (failure := await failures.get()) is not None:
                 yield failure
-            if reading.exception() is not None:
-                await context.abort_with_status(to_status(to_error(reading.exception() or Exception())))  # type: ignore[attr-defined] # missing in grpc-stubs
+            if (error := reading.exception()) is not None:
+                await abort(context, error)
         finally:
             reading.cancel()
             self._pipeline.forget_sender(send_back)
@@ -323,4 +302,4 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> None:
     ours = to_error(error)
     if ours is not error:
         logger.exception("request failed")
-    await context.abort_with_status(to_status(ours))  # type: ignore[attr-defined] # missing in grpc-stubs
+    await abort(context, ours)
