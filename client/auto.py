@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .connection import connect_or_start
 from .handle import RemoteModel
+from .options import outside_level
 from .values import LoadEvent, LoadWarning
 
 if TYPE_CHECKING:
@@ -47,13 +48,17 @@ class AutoModelForCausalLM:
         adapter_kwargs: Mapping[str, Any] | None = None,
         name: str | None = None,
         address: str | None = None,
+        staging_budget: int | str | None = None,
+        connections: int | None = None,
+        part_cache: bool = True,
+        trace: str | os.PathLike[str] | None = None,
         progress: bool | None = None,
         **kwargs: Any,
     ) -> RemoteModel:
         """Loads a checkpoint into the cluster and returns its handle once every stage is resident.
 
         Args:
-            pretrained_model_name_or_path: "org/name" or a local folder.
+            pretrained_model_name_or_path: "org/name", a local folder, or a URL such as "s3://bucket/prefix".
             config: a config in place of the checkpoint's own.
             quantization_config: a BitsAndBytesConfig, or a dict of its fields.
             device_map: "auto", "balanced", "balanced_low_0", "sequential", "cpu", or a dict from module to device.
@@ -61,6 +66,10 @@ class AutoModelForCausalLM:
             num_stages: how many stages; by default as many as the plan needs.
             dtype: a torch dtype, its name, or "auto" for the checkpoint's. `torch_dtype` is its older name.
             token: Hub token. By default this environment's, for a gateway on this machine alone; False for none.
+            staging_budget: memory of each worker for bytes on their way: a number, or "512MiB", the default.
+            connections: reads at a time of each worker; by default 4.
+            part_cache: whether nodes may read, and keep, their quantized parts on disk.
+            trace: a file to write the timeline of the load to, in Chrome's trace format.
             name: the model's name in the registry; by default derived from the path.
             address: the gateway; else $SHARDLIFT_ADDRESS, else the local instance, which is started if need be.
             progress: whether to show progress on stderr; by default where it is a terminal.
@@ -86,6 +95,10 @@ class AutoModelForCausalLM:
             "trust_remote_code": trust_remote_code,
             "attn_implementation": attn_implementation,
             "adapter_kwargs": adapter_kwargs,
+            "staging_budget": staging_budget,
+            "connections": connections,
+            "part_cache": part_cache,
+            "trace": trace,
             **kwargs,
         }
         try:
@@ -102,4 +115,4 @@ class AutoModelForCausalLM:
 
 def _warn(event: LoadEvent) -> None:
     if isinstance(event, LoadWarning):
-        warnings.warn(event.message, UserWarning, stacklevel=4)
+        warnings.warn(event.message, UserWarning, stacklevel=outside_level())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +16,13 @@ from .channel import CONNECT_TIMEOUT_S
 from .gateway import Gateway
 from .handle import RemoteModel
 from .hub_token import hub_token
-from .values import LoadEvent, ModelInfo, Plan, load_event
+from .trace_file import TraceFile
+from .values import CachedPart, LoadEvent, ModelInfo, Plan, load_event
 
 # Planning reads every header of the checkpoint, from wherever it is.
 _PLAN_TIMEOUT_S = 600.0
+# Every node is asked, by a process that may have to start first.
+_CACHE_TIMEOUT_S = 120.0
 
 _SOURCE = ("revision", "subfolder", "variant", "cache_dir", "trust_remote_code")
 
@@ -81,6 +85,7 @@ class Client:
         *,
         name: str | None = None,
         token: str | bool | None = None,
+        trace: str | os.PathLike[str] | None = None,
         on_event: Callable[[LoadEvent], None] | None = None,
         **arguments: Any,
     ) -> RemoteModel:
@@ -88,13 +93,25 @@ class Client:
 
         Takes the arguments of `from_pretrained`. `on_event` is told what happens: LoadStarted, Plan, StagePlaced,
         StageProgress, LoadWarning, and in the end ModelInfo. Ctrl-C, or an exception of `on_event`, cancels the load.
+        `trace` names a file for the timeline of all workers, in Chrome's trace format.
         """
         request = registry_pb2.LoadModelRequest(name=name or "")
-        self._describe(request, path, token, arguments)
-        call = self._gateway.registry_stream("LoadModel", request)
+        self._describe(request, path, token, {**arguments, "trace": trace is not None})
+        with TraceFile(trace) if trace is not None else contextlib.nullcontext() as trace_file:
+            ready = self._follow(self._gateway.registry_stream("LoadModel", request), on_event, trace_file)
+        return RemoteModel(self._gateway, ready.name, ready)
+
+    def _follow(
+        self, call: Any, on_event: Callable[[LoadEvent], None] | None, trace_file: TraceFile | None
+    ) -> ModelInfo:
+        """Passes on what the load tells, to its end."""
         ready: ModelInfo | None = None
         try:
             while (response := self._next(call)) is not None:
+                if response.WhichOneof("event") == "trace":
+                    if trace_file is not None:
+                        trace_file.add(response.trace)
+                    continue
                 event = load_event(response)
                 if isinstance(event, ModelInfo):
                     ready = event
@@ -104,7 +121,7 @@ class Client:
             call.cancel()
         if ready is None:
             raise InternalError("the gateway's report of the load stopped before its end")
-        return RemoteModel(self._gateway, ready.name, ready)
+        return ready
 
     def _describe(
         self,
@@ -116,6 +133,16 @@ class Client:
         where = {name: arguments.pop(name) for name in _SOURCE if name in arguments}
         request.options.CopyFrom(options.load_options(**arguments))
         request.source.CopyFrom(options.source(path, token=hub_token(token, self.address), **where))
+
+    def cached_parts(self) -> list[CachedPart]:
+        """The quantized parts that the cluster's nodes keep for later loads."""
+        answer = self._gateway.ask("ListCachedParts", registry_pb2.ListCachedPartsRequest(), timeout_s=_CACHE_TIMEOUT_S)
+        return [CachedPart.from_proto(part) for part in answer.parts]
+
+    def clear_cached_parts(self) -> int:
+        """Removes them from every node; resident models stay. Returns the bytes freed."""
+        request = registry_pb2.ClearCachedPartsRequest()
+        return int(self._gateway.ask("ClearCachedParts", request, timeout_s=_CACHE_TIMEOUT_S).bytes)
 
     def _next(self, call: Any) -> registry_pb2.LoadModelResponse | None:
         with self._gateway.errors():

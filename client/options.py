@@ -89,6 +89,10 @@ def load_options(
     dtype: Any = "auto",
     attn_implementation: str | None = None,
     adapter_kwargs: Mapping[str, Any] | None = None,
+    staging_budget: int | str | None = None,
+    connections: int | None = None,
+    part_cache: bool = True,
+    trace: bool = False,
     **kwargs: Any,
 ) -> registry_pb2.LoadOptions:
     """How to load. `kwargs` are what transformers still takes by older names, and attributes of the config.
@@ -98,13 +102,17 @@ def load_options(
     if adapter_kwargs:
         raise InvalidRequestError("adapter_kwargs can't be sent to the gateway: name the adapter by its path alone")
     if (old_dtype := kwargs.pop("torch_dtype", None)) is not None:
-        warnings.warn("`torch_dtype` is deprecated: use `dtype`", FutureWarning, stacklevel=_outside())
+        warnings.warn("`torch_dtype` is deprecated: use `dtype`", FutureWarning, stacklevel=outside_level())
         dtype = old_dtype if dtype in ("auto", None) else dtype
     options = registry_pb2.LoadOptions(
         dtype=_dtype(dtype),
         attn_implementation=attn_implementation or "",
         num_stages=_count(num_stages, "num_stages"),
         max_memory=_max_memory(max_memory),
+        staging_budget=_size(staging_budget, "staging_budget"),
+        connections=_count(connections, "connections"),
+        without_cache=not part_cache,
+        trace=trace,
     )
     quantization = _quantization(quantization_config, kwargs)
     if quantization is not None:
@@ -136,6 +144,14 @@ def _count(value: int | None, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
         raise InvalidRequestError(f"{name} is {value!r}: a whole number above 0 is needed")
     return value
+
+
+def _size(value: int | str | None, name: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise InvalidRequestError(f"{name} is {value!r}: bytes or a text like '512MiB' is needed")
+    return str(value)
 
 
 def _max_memory(limits: Mapping[Any, Any] | None) -> dict[str, str]:
@@ -205,7 +221,7 @@ def _overrides(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return overrides
 
 
-def _outside() -> int:
+def outside_level() -> int:
     """The `stacklevel` of the first caller outside this package, for warnings."""
     level, frame = 1, sys._getframe(1)
     package = __name__.partition(".")[0]

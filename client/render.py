@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, TextIO
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, TextIO
 
-from .values import LoadEvent, LoadStarted, LoadWarning, ModelInfo, Plan, StagePlaced, StageProgress
+from .modules import grouped
+from .summary import duration, load_summary, rate, size
+from .values import CachedPart, LoadEvent, LoadStarted, LoadWarning, ModelInfo, Plan, StagePlaced, StageProgress
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -17,17 +20,6 @@ if TYPE_CHECKING:
 _LINE_EVERY_S = 1.0
 # A table that no terminal bounds is as wide as it needs to be: scripts read it, too.
 _UNBOUNDED_COLUMNS = 200
-
-
-def size(bytes_: int | None) -> str:
-    """`bytes_` in binary units: "1.50 GiB"."""
-    if bytes_ is None:
-        return "–"
-    value, units = float(bytes_), ["B", "KiB", "MiB", "GiB", "TiB"]
-    unit = units.pop(0)
-    while value >= 1024 and units:
-        value, unit = value / 1024, units.pop(0)
-    return f"{bytes_} B" if unit == "B" else f"{value:.2f} {unit}"
 
 
 def show_plan(plan: Plan) -> None:
@@ -74,6 +66,58 @@ def show_model(info: ModelInfo) -> None:
     _print(table)
     if info.reason:
         print(info.reason)
+    for line in load_summary(info):
+        print(line)
+
+
+def show_modules(info: ModelInfo) -> None:
+    """Prints what each module of a model holds, as measured; alike modules of several layers are one line."""
+    table = _table(None)
+    _columns(table, "stage", "module", "layers", "dtype", "device", right=("modules", "bytes"))
+    for stage in info.residency:
+        for group in grouped(stage.modules.items()):
+            table.add_row(
+                str(stage.stage),
+                group.name,
+                group.layers,
+                group.dtype,
+                group.device,
+                str(group.count),
+                size(group.bytes),
+            )
+        table.add_section()
+    _print(table)
+
+
+def show_parts(parts: Iterable[CachedPart]) -> None:
+    """Prints a line for each quantized part that a node keeps."""
+    table = _table(None)
+    _columns(table, "node", "model", "layers", "quantization", "device", "last used", "key", right=("bytes",))
+    for part in parts:
+        layers = part.about.get("layers") or ["", ""]
+        used = datetime.fromtimestamp(part.used_unix_s).astimezone()
+        table.add_row(
+            part.node,
+            str(part.about.get("model", "")),
+            f"{layers[0]}–{layers[-1]}",
+            _quantization(part.about),
+            str(part.about.get("device", "")),
+            used.strftime("%Y-%m-%d %H:%M"),
+            part.key[:12],
+            size(part.bytes),
+        )
+    _print(table)
+
+
+def _quantization(about: Mapping[str, Any]) -> str:
+    config = about.get("quantization") or {}
+    if config.get("load_in_8bit"):
+        return "int8"
+    if config.get("load_in_4bit"):
+        return str(config.get("bnb_4bit_quant_type", "fp4")) + (
+            "+double" if config.get("bnb_4bit_use_double_quant") else ""
+        )
+    return str(about.get("dtype", "none"))
 
 
 def show_models(models: Iterable[ModelInfo]) -> None:
@@ -107,15 +151,14 @@ class LoadProgress:
     def __enter__(self) -> LoadProgress:
         if self._stream.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
             # Tensors that are resident: what is fetched runs ahead of them, and shows beside.
             self._bars = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("tensors, {task.fields[fetched]} fetched"),
-                TimeRemainingColumn(),
+                TextColumn("tensors, {task.fields[fetched]}"),
                 console=Console(file=self._stream),
             )
             self._bars.start()
@@ -151,10 +194,12 @@ class LoadProgress:
                 self._progress(event)
             case ModelInfo():
                 self._say(f"{event.name} is ready after {event.load_seconds:.1f} s")
+                for line in load_summary(event):
+                    self._say(line)
 
     def _progress(self, event: StageProgress) -> None:
         if self._bars is not None:
-            fetched = f"{size(event.fetched_bytes)} of {size(event.fetch_bytes)}"
+            fetched = _bytes(event)
             task = self._task(event.stage)
             self._bars.update(task, completed=event.tensors_loaded, total=event.tensors, fetched=fetched)
             return
@@ -166,11 +211,10 @@ class LoadProgress:
         elif now - self._last_line_s.get(event.stage, -_LINE_EVERY_S) < _LINE_EVERY_S:
             return
         self._last_line_s[event.stage] = now
-        what = "resident" if event.done else f"{event.tensors_loaded} of {event.tensors} tensors"
-        self._say(
-            f"{self._label(event.stage)}: {size(event.fetched_bytes)} of {size(event.fetch_bytes)}, {what}"
-            + (f" in {size(event.resident_bytes)}" if event.done else "")
-        )
+        what = f"{event.tensors_loaded} of {event.tensors} tensors"
+        if event.done:
+            what = f"resident in {size(event.resident_bytes)}"
+        self._say(f"{self._label(event.stage)}: {_bytes(event)}, {what}")
 
     def _task(self, stage: int) -> TaskID:
         assert self._bars is not None
@@ -187,6 +231,16 @@ class LoadProgress:
             self._bars.console.print(line, markup=False, highlight=False)
         else:
             print(line, file=self._stream, flush=True)
+
+
+def _bytes(event: StageProgress) -> str:
+    """ "1.20 GiB of 4.00 GiB fetched at 310.2 MB/s, 9 s left"."""
+    text = f"{size(event.fetched_bytes)} of {size(event.fetch_bytes)} {'from the cache' if event.cached else 'fetched'}"
+    if event.bytes_per_second:
+        text += f" at {rate(event.bytes_per_second)}"
+    if event.seconds_left and not event.done:
+        text += f", {duration(event.seconds_left)} left"
+    return text
 
 
 def _table(title: str | None) -> Table:

@@ -5,6 +5,7 @@ Sizes are bytes. `from_proto` reads the wire's form, `to_dict` gives the form th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -128,13 +129,62 @@ class ModuleResidency:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseTime:
+    """What a load spent in "fetch", "wait", "quantize", …: seconds, summed over threads, and the bytes of it."""
+
+    seconds: float
+    bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "bytes": self.bytes}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageLoad:
+    """How one stage's load went.
+
+    cached_bytes: read from its node's cache of quantized parts, in place of the checkpoint. bottleneck: the phase
+    without which it would have been shorter. link: what the bytes came over, in words. connections: reads at a time.
+    """
+
+    seconds: float
+    cached_bytes: int
+    bottleneck: str
+    link: str
+    connections: int
+    phases: dict[str, PhaseTime]
+
+    @classmethod
+    def from_proto(cls, load: registry_pb2.StageLoad) -> StageLoad:
+        return cls(
+            seconds=load.seconds,
+            cached_bytes=load.cached_bytes,
+            bottleneck=load.bottleneck,
+            link=load.link,
+            connections=load.connections,
+            phases={phase.name: PhaseTime(seconds=phase.seconds, bytes=phase.bytes) for phase in load.phases},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "seconds": self.seconds,
+            "cached_bytes": self.cached_bytes,
+            "bottleneck": self.bottleneck,
+            "link": self.link,
+            "connections": self.connections,
+            "phases": {name: phase.to_dict() for name, phase in self.phases.items()},
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageResidency:
-    """What one stage holds, measured on its device. `modules` goes from module name to what it holds."""
+    """What one stage holds, measured on its device, and how it got there. `modules`: module name → what it holds."""
 
     stage: int
     measured_bytes: int
     fetched_bytes: int
     modules: dict[str, ModuleResidency]
+    load: StageLoad
 
     @classmethod
     def from_proto(cls, residency: registry_pb2.StageResidency) -> StageResidency:
@@ -146,6 +196,7 @@ class StageResidency:
                 module.module: ModuleResidency(dtype=module.dtype, bytes=module.bytes, device=module.device)
                 for module in residency.modules
             },
+            load=StageLoad.from_proto(residency.load),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,6 +205,7 @@ class StageResidency:
             "measured_bytes": self.measured_bytes,
             "fetched_bytes": self.fetched_bytes,
             "modules": {name: module.to_dict() for name, module in self.modules.items()},
+            "load": self.load.to_dict(),
         }
 
 
@@ -215,6 +267,7 @@ class ModelInfo:
                 "measured_bytes": measured[stage.index].measured_bytes if stage.index in measured else None,
                 "fetched_bytes": measured[stage.index].fetched_bytes if stage.index in measured else None,
                 "modules": measured[stage.index].to_dict()["modules"] if stage.index in measured else {},
+                "load": measured[stage.index].load.to_dict() if stage.index in measured else None,
             }
             for stage in self.plan.stages
         ]
@@ -224,6 +277,37 @@ class ModelInfo:
         values["dtype"] = self.plan.dtype
         values["reason"] = self.reason
         return values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedPart:
+    """A quantized part of a model that a node keeps. used_unix_s: when it was last read or written. about: what it is:
+    model, commit, layers, quantization, dtype, device and versions."""
+
+    node: str
+    key: str
+    bytes: int
+    used_unix_s: float
+    about: dict[str, Any]
+
+    @classmethod
+    def from_proto(cls, part: registry_pb2.CachedPart) -> CachedPart:
+        return cls(
+            node=part.node,
+            key=part.key,
+            bytes=part.bytes,
+            used_unix_s=part.used_unix_s,
+            about=json.loads(part.about_json or "{}"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "node": self.node,
+            "key": self.key,
+            "bytes": self.bytes,
+            "used_unix_s": self.used_unix_s,
+            **self.about,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,6 +327,11 @@ class StagePlaced:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageProgress:
+    """How far a stage is. The bytes are the checkpoint's, or, if `cached`, of a part in its node's cache.
+
+    seconds_left: until all is resident; 0 when unknown.
+    """
+
     stage: int
     fetched_bytes: int
     fetch_bytes: int
@@ -250,6 +339,9 @@ class StageProgress:
     tensors: int
     resident_bytes: int
     done: bool
+    bytes_per_second: float = 0.0
+    seconds_left: float = 0.0
+    cached: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,6 +372,9 @@ def load_event(response: registry_pb2.LoadModelResponse) -> LoadEvent | None:
                 tensors=progress.tensors,
                 resident_bytes=progress.resident_bytes,
                 done=progress.done,
+                bytes_per_second=progress.bytes_per_second,
+                seconds_left=progress.seconds_left,
+                cached=progress.cached,
             )
         case "warning":
             return LoadWarning(message=response.warning)

@@ -19,6 +19,7 @@ from ..proto.v1.errors import (
 from ..worker.headers import header_length, parse_header
 from ..worker.records import FileVersion, HubToken, SourceSpec, TensorRecord
 from ..worker.sources import Source, open_source
+from ..worker.sources.urls import is_url, parse_url
 from .hub import resolve_commit
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -36,6 +37,7 @@ class CheckpointRequest:
     subfolder: str = ""
     variant: str = ""
     hub_endpoint: str = ""
+    cache_dir: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +55,12 @@ def resolve_source(request: CheckpointRequest, token: HubToken) -> SourceSpec:
     """The source that `request` means, its revision resolved to a commit, once and for all workers."""
     path = request.path.strip()
     if not path:
-        raise InvalidRequestError("no path is given: name a repository (org/name) or a folder")
-    if "://" in path:
-        raise UnsupportedModelError(
-            f"{path.split('://')[0]}:// can't be read yet: name a repository (org/name) or a folder"
-        )
+        raise InvalidRequestError("no path is given: name a repository (org/name), a folder or a URL")
+    if is_url(path):
+        url = parse_url(path)
+        if not url.is_file:
+            return SourceSpec(kind="url", location=url.text, subfolder=_subfolder(request))
+        path = url.folder
     folder = Path(path).expanduser()
     if folder.is_dir():
         return SourceSpec(kind="folder", location=str(folder.resolve()), subfolder=request.subfolder)
@@ -67,10 +70,30 @@ def resolve_source(request: CheckpointRequest, token: HubToken) -> SourceSpec:
         raise CheckpointNotFoundError(
             f"folder {path} does not exist (on the machine that plans: the head node, behind a gateway)"
         )
-    commit = resolve_commit(path, request.revision or "main", endpoint=request.hub_endpoint or None, token=token)
-    return SourceSpec(
-        kind="hub", location=path, commit=commit, endpoint=request.hub_endpoint, subfolder=request.subfolder
+    resolved = resolve_commit(
+        path,
+        request.revision or "main",
+        endpoint=request.hub_endpoint or None,
+        token=token,
+        cache_dir=request.cache_dir,
     )
+    return SourceSpec(
+        kind="hub",
+        location=path,
+        commit=resolved.commit,
+        endpoint=request.hub_endpoint,
+        subfolder=request.subfolder,
+        cache_dir=request.cache_dir,
+        is_cached_only=resolved.is_cached,
+    )
+
+
+def _subfolder(request: CheckpointRequest) -> str:
+    """As a part of a URL: a store takes '//' and '..' by the letter."""
+    subfolder = request.subfolder.strip("/")
+    if subfolder and (not subfolder.isprintable() or {"", ".", ".."} & set(subfolder.split("/"))):
+        raise InvalidRequestError(f"subfolder {ascii(request.subfolder)[:80]} is no path below {request.path}")
+    return subfolder
 
 
 def read_checkpoint(request: CheckpointRequest, token: HubToken) -> Checkpoint:

@@ -19,6 +19,7 @@ from ..proto.v1.server import abort
 from ..proto.v1.status import to_error
 from ..proto.v1.tensor_pb2 import Tensor
 from ..proto.v1.wire import CHANNEL_OPTIONS
+from . import node_caches
 from .auth import TokenInterceptor
 from .registry import Registry
 from .route import Route
@@ -132,6 +133,22 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
         except Exception as error:
             return await _abort(context, error)
         return registry_pb2.UnloadModelResponse()
+
+    async def ListCachedParts(
+        self, request: registry_pb2.ListCachedPartsRequest, context: grpc.aio.ServicerContext
+    ) -> registry_pb2.ListCachedPartsResponse:
+        try:
+            return registry_pb2.ListCachedPartsResponse(parts=await asyncio.to_thread(node_caches.list_parts))
+        except Exception as error:
+            return await _abort(context, error)
+
+    async def ClearCachedParts(
+        self, request: registry_pb2.ClearCachedPartsRequest, context: grpc.aio.ServicerContext
+    ) -> registry_pb2.ClearCachedPartsResponse:
+        try:
+            return registry_pb2.ClearCachedPartsResponse(bytes=await asyncio.to_thread(node_caches.clear))
+        except Exception as error:
+            return await _abort(context, error)
 
 
 class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):

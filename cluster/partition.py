@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from ..proto.v1.errors import OutOfMemoryError
-from .devices import Device, format_size
+from ..worker.byte_sizes import format_size
+from .devices import Device
 from .sizes import ModelSizes
 
 # Layers `[first, end)` of each stage, in order.

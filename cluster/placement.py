@@ -21,7 +21,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ..proto.v1.errors import ModelUnavailableError, OutOfMemoryError, ShardliftError, one_line
+from ..proto.v1.errors import ModelUnavailableError, OutOfMemoryError, ShardliftError, WorkerDiedError, one_line
 from ..worker.actor import StageWorker
 from ..worker.spec import StageSpec
 from .plan import Plan, PlannedStage
@@ -36,8 +36,10 @@ _PLACE_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 5.0
 
 
-def _actor_name(spec: StageSpec) -> str:
-    return f"{_STAGE_PREFIX}{spec.model}:{spec.load_id}:{spec.index}"
+def _actor_name(spec: StageSpec, attempt: int) -> str:
+    # Ray may hold a dead one's name for a moment.
+    again = f"~{attempt}" if attempt else ""
+    return f"{_STAGE_PREFIX}{spec.model}:{spec.load_id}:{spec.index}{again}"
 
 
 def _group_name(model: str, load_id: str) -> str:
@@ -99,18 +101,46 @@ async def place(plan: Plan, specs: Sequence[StageSpec], card: bytes, placement: 
             f"Ray could not set {len(plan.stages)} devices aside for {placement.model} in {_PLACE_TIMEOUT_S:.0f} s: "
             "something else holds them; unload a model, or load with fewer stages"
         )
-    for index, (stage, spec) in enumerate(zip(plan.stages, specs, strict=True)):
-        actor = ray.remote(StageWorker).options(
-            name=_actor_name(spec),
-            namespace=NAMESPACE,
-            lifetime="detached",
-            num_cpus=0,
-            num_gpus=stage.device.slots,
-            max_restarts=0,
-            max_task_retries=0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(placement.group, placement_group_bundle_index=index),
+    for stage, spec in zip(plan.stages, specs, strict=True):
+        placement.workers.append(_start(placement.group, stage, spec, card))
+
+
+async def place_again(plan: Plan, spec: StageSpec, card: bytes, placement: Placement, attempt: int) -> None:
+    """A new worker where `spec`'s one died: on the same node, with what was set aside for it.
+
+    attempt: 1 for the first time, and so on. Raises ModelUnavailableError when the node is gone, or nothing starts
+    there.
+    """
+    stage = plan.stages[spec.index]
+    nodes = {node["NodeID"]: node["Alive"] for node in await _blocking(ray.nodes)}
+    if not nodes.get(stage.device.node_id):
+        raise ModelUnavailableError(
+            f"node {stage.device.node} left the cluster while stage {spec.index} was loading there: load it again"
         )
-        placement.workers.append(actor.remote(spec.to_json(), card))
+    assert placement.group is not None
+    worker = placement.workers[spec.index] = _start(placement.group, stage, spec, card, attempt)
+    try:
+        await asyncio.wait_for(call(worker.device.remote(), f"stage {spec.index}"), _PLACE_TIMEOUT_S)
+    except (asyncio.TimeoutError, TimeoutError):
+        raise ModelUnavailableError(
+            f"no worker came up on node {stage.device.node} for stage {spec.index} in {_PLACE_TIMEOUT_S:.0f} s, in the "
+            "place of one that died: look into Ray's logs there"
+        ) from None
+
+
+def _start(group: PlacementGroup, stage: PlannedStage, spec: StageSpec, card: bytes, attempt: int = 0) -> Any:
+    """A handle for the stage's worker, which comes up by itself."""
+    actor = ray.remote(StageWorker).options(
+        name=_actor_name(spec, attempt),
+        namespace=NAMESPACE,
+        lifetime="detached",
+        num_cpus=0,
+        num_gpus=stage.device.slots,
+        max_restarts=0,
+        max_task_retries=0,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=spec.index),
+    )
+    return actor.remote(spec.to_json(), card)
 
 
 # Ray's blocking calls get threads of their own: those that free something must not wait behind a slow Hub.
@@ -134,7 +164,7 @@ def _bundle(stage: PlannedStage) -> dict[str, float]:
 
 
 async def call(reference: Any, what: str) -> Any:
-    """Awaits a worker's answer; what it raised is raised here as itself, its death as ModelUnavailableError."""
+    """Awaits a worker's answer; what it raised is raised here as itself, its death as WorkerDiedError."""
     try:
         return await reference
     except RayTaskError as error:
@@ -143,7 +173,7 @@ async def call(reference: Any, what: str) -> Any:
             raise cause from None
         raise
     except RayError as error:
-        raise ModelUnavailableError(f"the worker of {what} died: {one_line(error, 200)}") from None
+        raise WorkerDiedError(f"the worker of {what} died: {one_line(error, 200)}") from None
 
 
 async def find_placements() -> list[Placement]:

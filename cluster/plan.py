@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import InvalidDeviceMapError, InvalidRequestError, OutOfMemoryError
 from ..worker.anatomy import Cut, Place
+from ..worker.byte_sizes import format_size
 from . import partition
-from .devices import Device, find_device, format_size, gpus_or_all, limit_memory, share_cpus
+from .devices import Device, find_device, gpus_or_all, limit_memory, share_cpus
 from .sizes import ModelSizes
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "cpu")

@@ -27,6 +27,16 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TransferOptions:
+    """How workers bring their parts in; what comes out is the same. As in StageSpec."""
+
+    budget_bytes: int = 512 << 20
+    connections: int = 4
+    use_cache: bool = True
+    trace: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OutlinedModel:
     """A checkpoint's outline: all that can be known without knowing the devices."""
 
@@ -53,9 +63,10 @@ class PlannedModel:
     outlined: OutlinedModel
     plan: Plan
 
-    def specs(self, name: str, load_id: str, secret: str) -> list[StageSpec]:
+    def specs(self, name: str, load_id: str, secret: str, transfer: TransferOptions | None = None) -> list[StageSpec]:
         """One spec for each stage, in order."""
         model = self.outlined
+        transfer = transfer or TransferOptions()
         specs = []
         for index, stage in enumerate(self.plan.stages):
             records = model.layout.records_of(stage.cut, model.checkpoint.records)
@@ -77,6 +88,10 @@ class PlannedModel:
                     dtype=self.plan.outline.dtype,
                     attn_implementation=model.options.attn_implementation,
                     secret=secret,
+                    budget_bytes=transfer.budget_bytes,
+                    connections=transfer.connections,
+                    use_cache=transfer.use_cache,
+                    trace=transfer.trace,
                 )
             )
         return specs

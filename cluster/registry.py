@@ -8,6 +8,7 @@ import logging
 import secrets
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,12 +20,13 @@ from ..proto.v1.errors import (
     ModelNotFoundError,
     ModelUnavailableError,
     ShardliftError,
+    WorkerDiedError,
     one_line,
 )
 from ..worker.records import SourceSpec
 from ..worker.spec import LoadReport, StageSpec
 from . import loads, requests
-from .placement import Placement, call, find_placements, place
+from .placement import Placement, call, find_placements, place, place_again
 from .planning import OutlinedModel, PlannedModel, outline_model
 from .route import Route
 from .tokenizer import Tokenizer
@@ -167,6 +169,7 @@ class Registry:
         started = time.monotonic()
         name, placement, info = entry.info.name, entry.placement, entry.info
         token = requests.access_token(request.source)
+        transfer = requests.transfer_options(request.options)
         secret = secrets.token_urlsafe(32)
 
         def tell(**event: Any) -> None:
@@ -185,13 +188,22 @@ class Registry:
             planned = await _spread(outlined, request.options)
             info.plan.CopyFrom(planned.plan.to_message())
             tell(planned=info.plan)
-            specs = planned.specs(name, placement.load_id, secret)
+            specs = planned.specs(name, placement.load_id, secret, transfer)
             await place(planned.plan, specs, info.SerializeToString(), placement)
-        for index, worker in enumerate(placement.workers):
+
+        async def tell_place(index: int) -> None:
             stage = info.plan.stages[index]
-            stage.device = await loads.actual_device(worker, index, stage.device)
+            stage.device = await loads.actual_device(placement.workers[index], index, stage.device)
             tell(placed=registry_pb2.StagePlaced(stage=index, node=stage.node, device=stage.device))
-        reports = await loads.load_stages(placement.workers, specs, token, tell_progress)
+
+        respawns: Counter[int] = Counter()
+
+        async def respawn(index: int, error: WorkerDiedError) -> None:
+            tell(warning=f"{one_line(error)}; another one loads its part anew")
+            respawns[index] += 1
+            await place_again(planned.plan, specs[index], info.SerializeToString(), placement, respawns[index])
+
+        reports = await loads.load_stages(placement.workers, specs, token, tell_progress, tell_place, respawn)
         addresses = [report.address for report in reports]
         await loads.join_ring(placement.workers, addresses)
         entry.route = Route(addresses[-1], secret)
@@ -205,6 +217,9 @@ class Registry:
         ready.state = registry_pb2.MODEL_STATE_READY
         card = ready.SerializeToString()
         await asyncio.gather(*(call(worker.set_card.remote(card), "a stage") for worker in placement.workers))
+        if transfer.trace:
+            async for piece in loads.traces(placement.workers):
+                tell(trace=piece)
         self._set_state(entry, registry_pb2.MODEL_STATE_READY)
         tell(ready=info)
 

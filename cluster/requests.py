@@ -8,11 +8,15 @@ from typing import Any
 
 from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import InvalidRequestError, UnsupportedModelError
+from ..worker.byte_sizes import parse_size
 from ..worker.records import HubToken
+from ..worker.sources.urls import is_url, parse_url
 from .checkpoint import CheckpointRequest
 from .plan import PlanOptions
-from .planning import ModelOptions
+from .planning import ModelOptions, TransferOptions
 
+_LEAST_BUDGET_BYTES = 1 << 20
+_MOST_CONNECTIONS = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -28,6 +32,7 @@ def checkpoint_request(source: registry_pb2.ModelSource) -> CheckpointRequest:
         subfolder=source.subfolder,
         variant=source.variant,
         hub_endpoint=source.hub_endpoint.rstrip("/"),
+        cache_dir=source.cache_dir,
     )
 
 
@@ -57,8 +62,30 @@ def plan_options(options: registry_pb2.LoadOptions) -> PlanOptions:
     )
 
 
+def transfer_options(options: registry_pb2.LoadOptions) -> TransferOptions:
+    """Raises InvalidRequestError for a budget or a number of connections that makes no sense."""
+    defaults = TransferOptions()
+    budget_bytes = parse_size(options.staging_budget) if options.staging_budget else defaults.budget_bytes
+    if budget_bytes < _LEAST_BUDGET_BYTES:
+        raise InvalidRequestError(
+            f"staging_budget {options.staging_budget!r} is {budget_bytes} bytes: at least {_LEAST_BUDGET_BYTES} are "
+            "needed to fetch anything at speed"
+        )
+    connections = options.connections or defaults.connections
+    if connections > _MOST_CONNECTIONS:
+        raise InvalidRequestError(f"connections={connections}, but at most {_MOST_CONNECTIONS} a worker are opened")
+    return TransferOptions(
+        budget_bytes=budget_bytes,
+        connections=connections,
+        use_cache=not options.without_cache,
+        trace=options.trace,
+    )
+
+
 def model_name(name: str, path: str) -> str:
     """The name in the registry: the one given, checked, or one made from the path. Raises InvalidRequestError."""
+    if is_url(path):
+        path = parse_url(path).text  # first of all: it refuses a URL with a password in it, which no message may quote
     if name:
         if not _NAME.fullmatch(name):
             raise InvalidRequestError(

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 # Before huggingface_hub is imported: nothing may ask the public Hub.
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+# A test that wants a cache of quantized parts names its folder.
+os.environ["SHARDLIFT_CACHE"] = "off"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import pytest

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants, snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from shardlift.cluster.checkpoint import Checkpoint, CheckpointRequest, read_checkpoint
+from shardlift.cluster.hub import ResolvedCommit, resolve_commit
 from shardlift.proto.v1.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -28,7 +30,7 @@ from shardlift.proto.v1.errors import (
 from shardlift.worker.anatomy import Cut
 from shardlift.worker.records import DTYPES
 from shardlift.worker.spec import StageSpec
-from tests.support.hub import HubServer
+from tests.support.hub import Fault, HubServer, Reset, Status
 
 TOKEN = "hf_averysecrettoken"
 CONFIG = {"model_type": "llama", "num_hidden_layers": 2}
@@ -294,8 +296,8 @@ def test_a_broken_checkpoint(read: Read, tmp_path: Path, name: str) -> None:
     [
         ("", InvalidRequestError, ["no path", "org/name"]),
         ("  ", InvalidRequestError, ["no path"]),
-        ("s3://bucket/prefix", UnsupportedModelError, ["s3://", "name a repository (org/name) or a folder"]),
-        ("https://huggingface.co/org/name", UnsupportedModelError, ["https://"]),
+        ("tape://reel/prefix", InvalidRequestError, ["tape://", "s3://", "or a folder"]),
+        ("https://huggingface.co/org/name", InvalidRequestError, ["https://", "name the repository as org/name"]),
         ("/there/is/no/such/folder", CheckpointNotFoundError, ["/there/is/no/such/folder does not exist"]),
         ("./nowhere", CheckpointNotFoundError, ["./nowhere does not exist"]),
         ("a/b/c", CheckpointNotFoundError, ["a/b/c does not exist"]),
@@ -368,6 +370,85 @@ def test_an_endpoint_that_is_no_hub(hub: HubServer, tmp_path: Path) -> None:
         )
         assert kind in (CheckpointNotFoundError, SourceError)
         assert endpoint in text
+
+
+def test_a_hub_that_falters_is_asked_again(hub: HubServer, tmp_path: Path) -> None:
+    commit = hub.add_repo("org/model", single(tmp_path))
+    pending: list[Fault] = [Status(502), Reset(None), Status(429, {"Retry-After": "7"})]
+    hub.fault = lambda request: pending.pop(0) if pending else None
+    sleeps: list[float] = []
+    try:
+        resolved = resolve_commit("org/model", "main", endpoint=hub.endpoint, token=False, sleep=sleeps.append)
+    finally:
+        hub.fault = None
+    assert resolved == ResolvedCommit(commit=commit)
+    assert len(sleeps) == 3
+    assert sleeps[-1] == 7.0
+
+
+def test_an_endpoint_whose_name_nobody_knows() -> None:
+    sleeps: list[float] = []
+    kind, text = refusal(
+        lambda: resolve_commit(
+            "org/model", "main", endpoint="http://no-such-host.invalid", token=False, sleep=sleeps.append
+        )
+    )
+    assert issubclass(kind, SourceError)
+    assert "the name no-such-host.invalid can't be resolved" in text
+    assert "4 times" in text
+    assert len(sleeps) == 3
+
+
+# ---- the Hub's cache -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cached(hub: HubServer, tmp_path: Path) -> CheckpointRequest:
+    """A repository that huggingface_hub has brought into a cache, all of it."""
+    folder, cache = sharded(tmp_path / "folder"), tmp_path / "cache"
+    (folder / "generation_config.json").write_text("{}")
+    hub.add_repo("org/cached", folder, revisions={"v1": "main"})
+    for revision in ("main", "v1"):
+        snapshot_download(
+            "org/cached", revision=revision, endpoint=hub.endpoint, cache_dir=cache, token=False, max_workers=1
+        )
+    hub.clear()
+    return CheckpointRequest(path="org/cached", hub_endpoint=hub.endpoint, cache_dir=str(cache))
+
+
+def test_of_a_cached_repository_no_file_is_asked_for(hub: HubServer, cached: CheckpointRequest, tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(cached, False)
+    check(checkpoint, tmp_path / "folder")
+    assert checkpoint.source.cache_dir == cached.cache_dir
+    assert not checkpoint.source.is_cached_only
+    # The commit, and the one file that a cache of the whole repository can't know to be missing.
+    assert [request.file for request in hub.requests] == [None, "model.safetensors"]
+    assert read_checkpoint(replace(cached, cache_dir=""), False).versions == checkpoint.versions
+
+
+@pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "down", "unknown"])
+def test_without_the_hub_its_cache_is_read(
+    cached: CheckpointRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", how == "HF_HUB_OFFLINE")
+    endpoint = {"down": "http://127.0.0.1:9", "unknown": "http://no-such-host.invalid"}.get(how, cached.hub_endpoint)
+    commit = ""
+    for revision in ("main", "v1", "commit"):
+        request = replace(cached, hub_endpoint=endpoint, revision=revision.replace("commit", commit or "commit"))
+        checkpoint = read_checkpoint(request, False)
+        commit = checkpoint.source.commit
+        check(checkpoint, tmp_path / "folder")
+        assert checkpoint.generation_config == {}
+        assert checkpoint.source.is_cached_only
+    kind, text = refusal(lambda: read_checkpoint(replace(request, revision="v9"), False))
+    assert issubclass(kind, SourceError)
+    assert "HF_HUB_OFFLINE" in text or "4 times" in text
+
+
+def test_a_refusal_is_not_replaced_by_the_cache(hub: HubServer, cached: CheckpointRequest) -> None:
+    for revision in ("v9", "0" * 40):
+        kind, _ = refusal(lambda revision=revision: read_checkpoint(replace(cached, revision=revision), False))
+        assert kind is CheckpointNotFoundError
 
 
 # ---- secrets ---------------------------------------------------------------------------------------------------------

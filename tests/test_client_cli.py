@@ -264,8 +264,8 @@ def test_load(gateway: ScriptedGateway) -> None:
         "loading tiny at abc123",
         "plan: 1 stage, 12.00 GiB to fetch, 3.00 GiB resident (nf4)",
         "warning: own quantization won",
-        "stage 0 on 10.0.0.7/cuda:0: 1.00 GiB of 12.00 GiB, 0 of 9 tensors",
-        "stage 0 on 10.0.0.7/cuda:0: 12.00 GiB of 12.00 GiB, resident in 3.00 GiB",
+        "stage 0 on 10.0.0.7/cuda:0: 1.00 GiB of 12.00 GiB fetched, 0 of 9 tensors",
+        "stage 0 on 10.0.0.7/cuda:0: 12.00 GiB of 12.00 GiB fetched, resident in 3.00 GiB",
         "tiny is ready after 2.0 s",
     ]
     assert row(done.stdout, "0") == "0 10.0.0.7 cuda:0 0–3 3.00 GiB 3.00 GiB +512 B"

@@ -44,7 +44,7 @@ def model(cluster: RunningCluster, hub: HubServer) -> Iterator[RemoteModel]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", hub.endpoint)
         handle = shardlift.AutoModelForCausalLM.from_pretrained(
-            "org/smollm2", quantization_config=nf4(), name="smol", address=cluster.gateway
+            "org/smollm2", quantization_config=nf4(), name="smol", address=cluster.gateway, part_cache=False
         )
     yield handle
     handle.unload()

@@ -9,14 +9,13 @@ from hypothesis import strategies as st
 from shardlift.cluster.devices import (
     Device,
     find_device,
-    format_size,
     limit_memory,
     parse_devices,
-    parse_size,
     parse_topology,
     share_cpus,
 )
 from shardlift.proto.v1.errors import InvalidDeviceMapError, InvalidRequestError
+from shardlift.worker.byte_sizes import format_size, parse_size
 
 
 def gpu(node: str, index: int, capacity: int = 100) -> Device:

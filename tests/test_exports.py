@@ -57,7 +57,14 @@ def test_from_pretrained_has_the_contract_signature() -> None:
     assert names[0] == "pretrained_model_name_or_path"
     assert {name: parameters[name].default for name in names[1 : 1 + len(CONTRACT)]} == CONTRACT
     assert names[1 : 1 + len(CONTRACT)] == list(CONTRACT)
-    assert names[1 + len(CONTRACT) :] == ["progress", "kwargs"]
+    assert names[1 + len(CONTRACT) :] == [
+        "staging_budget",
+        "connections",
+        "part_cache",
+        "trace",
+        "progress",
+        "kwargs",
+    ]
     assert parameters["kwargs"].kind is inspect.Parameter.VAR_KEYWORD
 
 

@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardlift.proto.v1.errors import CorruptCheckpointError, InternalError, LoadCancelledError, SourceError
-from shardlift.worker import fetch
-from shardlift.worker.fetch import Chunk, RecordStream, plan_chunks
+from shardlift.worker.chunks import Chunk, plan_chunks
+from shardlift.worker.fetch import RecordStream
 from shardlift.worker.records import DTYPES, FileVersion, TensorRecord
 from shardlift.worker.sources import Cancel, FolderSource, HubSource
+from shardlift.worker.staging import HostStaging
 from tests.support.hub import HubServer, RequestInfo, Reset, Stall
 
 VERSION = FileVersion(size_bytes=1 << 20, etag="v")
@@ -89,7 +90,7 @@ def versions(records: Sequence[TensorRecord]) -> dict[str, FileVersion]:
     return {each.file: VERSION for each in records}
 
 
-def check_taken(stream: RecordStream, each: TensorRecord) -> None:
+def check_taken(stream: RecordStream[memoryview], each: TensorRecord) -> None:
     view = stream.take(each.key)
     assert bytes(view) == content(each.file, each.start, each.end)
     assert not view.readonly
@@ -171,6 +172,11 @@ def test_a_plan_covers_every_record_once_and_wastes_little(
     assert sum(chunk.size_bytes for chunk in chunks) - needed <= needed / 100
 
 
+def test_a_record_that_is_kept_shares_its_chunk_with_none() -> None:
+    chunks = plan_chunks(in_a_row([10] * 5), alone={"t1", "t4"})
+    assert [[each.key for each in chunk.records] for chunk in chunks] == [["t0"], ["t1"], ["t2", "t3"], ["t4"]]
+
+
 def test_a_plan_for_nothing_is_empty() -> None:
     assert plan_chunks([]) == []
     assert plan_chunks([record("a", 5, 5)]) == [Chunk(file="f", start=5, end=5, records=(record("a", 5, 5),))]
@@ -195,6 +201,7 @@ def test_every_record_is_taken_in_any_order(
         MadeUpSource(),
         records,
         versions(records),
+        HostStaging(),
         budget_bytes=budget_bytes,
         connections=connections,
         chunk_bytes=chunk_bytes,
@@ -217,7 +224,7 @@ def test_every_record_is_taken_in_any_order(
 def test_torch_can_use_what_is_taken(dtype: str) -> None:
     """The second record is misaligned in its chunk."""
     records = [record("a", 3, 4), record("b", 4, 4 + 64, dtype=dtype)]
-    with RecordStream(MadeUpSource(), records, versions(records)) as stream:
+    with RecordStream(MadeUpSource(), records, versions(records), HostStaging()) as stream:
         tensor = torch.frombuffer(stream.take("b"), dtype=getattr(torch, DTYPES[dtype][0]))
         stream.take("a")
     assert bytes(tensor.view(torch.uint8)) == content("f", 4, 68)
@@ -225,7 +232,7 @@ def test_torch_can_use_what_is_taken(dtype: str) -> None:
 
 def test_an_aligned_record_is_not_copied_and_a_chunk_begins_at_64() -> None:
     records = [record("a", 3, 7), record("b", 7, 23, dtype="F32")]
-    with RecordStream(MadeUpSource(), records, versions(records)) as stream:
+    with RecordStream(MadeUpSource(), records, versions(records), HostStaging()) as stream:
         first, second = (np.frombuffer(stream.take(key), np.uint8).ctypes.data for key in "ab")
     assert first % 64 == 0
     assert second == first + 4
@@ -233,7 +240,7 @@ def test_an_aligned_record_is_not_copied_and_a_chunk_begins_at_64() -> None:
 
 def test_a_record_is_taken_once() -> None:
     records = in_a_row([8, 8])
-    with RecordStream(MadeUpSource(), records, versions(records)) as stream:
+    with RecordStream(MadeUpSource(), records, versions(records), HostStaging()) as stream:
         stream.take("t0")
         for key in ("t0", "other"):
             with pytest.raises(InternalError, match=f"'{key}' is not in this stream, or was taken before"):
@@ -241,7 +248,7 @@ def test_a_record_is_taken_once() -> None:
 
 
 def test_nothing_to_fetch() -> None:
-    with RecordStream(MadeUpSource(), [], {}) as stream:
+    with RecordStream(MadeUpSource(), [], {}, HostStaging()) as stream:
         assert stream.fetched_bytes == 0
 
 
@@ -252,7 +259,7 @@ def test_a_large_record_is_read_in_parts_by_several_threads() -> None:
     together = threading.Barrier(3)
     source = MadeUpSource(lambda start, cancel: together.wait(10) and None)
     records = in_a_row([300])
-    with RecordStream(source, records, versions(records), chunk_bytes=100, connections=3) as stream:
+    with RecordStream(source, records, versions(records), HostStaging(), chunk_bytes=100, connections=3) as stream:
         check_taken(stream, records[0])
     assert sorted(source.reads) == [("f", 100, 200), ("f", 200, 300), ("f", 300, 400)]
 
@@ -260,7 +267,9 @@ def test_a_large_record_is_read_in_parts_by_several_threads() -> None:
 def test_fetching_runs_ahead_within_the_budget_and_on_as_chunks_are_taken() -> None:
     source = MadeUpSource()
     records = in_a_row([10] * 10)
-    with RecordStream(source, records, versions(records), budget_bytes=40, connections=2, chunk_bytes=10) as stream:
+    with RecordStream(
+        source, records, versions(records), HostStaging(), budget_bytes=40, connections=2, chunk_bytes=10
+    ) as stream:
         for index, each in enumerate(records):
             source.wait_for_reads(min(index + 4, 10))
             assert stream.held_bytes <= 40
@@ -271,7 +280,7 @@ def test_fetching_runs_ahead_within_the_budget_and_on_as_chunks_are_taken() -> N
 
 def test_a_chunk_leaves_the_budget_with_its_last_record() -> None:
     records = in_a_row([10, 10])
-    with RecordStream(MadeUpSource(), records, versions(records)) as stream:
+    with RecordStream(MadeUpSource(), records, versions(records), HostStaging()) as stream:
         stream.take("t0")
         assert stream.held_bytes == 20
         stream.take("t1")
@@ -281,7 +290,9 @@ def test_a_chunk_leaves_the_budget_with_its_last_record() -> None:
 def test_what_is_waited_for_is_fetched_at_once_above_the_budget() -> None:
     source = MadeUpSource()
     records = in_a_row([10] * 10)
-    with RecordStream(source, records, versions(records), budget_bytes=20, connections=1, chunk_bytes=10) as stream:
+    with RecordStream(
+        source, records, versions(records), HostStaging(), budget_bytes=20, connections=1, chunk_bytes=10
+    ) as stream:
         source.wait_for_reads(2)
         check_taken(stream, records[9])
         assert stream.held_bytes == 20
@@ -292,26 +303,31 @@ def test_what_is_waited_for_is_fetched_at_once_above_the_budget() -> None:
 
 def test_a_chunk_larger_than_the_budget_is_held_alone() -> None:
     records = in_a_row([10, 100, 10])
-    with RecordStream(MadeUpSource(), records, versions(records), budget_bytes=20, chunk_bytes=10) as stream:
+    with RecordStream(
+        MadeUpSource(), records, versions(records), HostStaging(), budget_bytes=20, chunk_bytes=10
+    ) as stream:
         for each in records:
             check_taken(stream, each)
             assert stream.held_bytes in (0, 10, 100)
 
 
-def test_taken_bytes_are_the_consumers_to_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing in the stream, its waiting threads included, keeps a chunk that was taken."""
-    blocks: list[weakref.ref[object]] = []
+class WatchedStaging(HostStaging):
+    def __init__(self) -> None:
+        self.blocks: list[weakref.ref[object]] = []
 
-    def allocate(size_bytes: int) -> memoryview:
-        buffer = real_allocate(size_bytes)
-        blocks.append(weakref.ref(buffer.obj))
+    def allocate(self, size_bytes: int) -> memoryview:
+        buffer = super().allocate(size_bytes)
+        self.blocks.append(weakref.ref(buffer.obj))
         return buffer
 
-    real_allocate = fetch._allocate
-    monkeypatch.setattr(fetch, "_allocate", allocate)
+
+def test_taken_bytes_are_the_consumers_to_free() -> None:
+    """Nothing in the stream, its waiting threads included, keeps a chunk that was taken."""
+    staging = WatchedStaging()
+    blocks = staging.blocks
     source = MadeUpSource(lambda start, cancel: assert_true(start < 1000 or cancel.wait(10)))
     records = in_a_row([1000, 1000], start=0)
-    with RecordStream(source, records, versions(records), chunk_bytes=1000, connections=3) as stream:
+    with RecordStream(source, records, versions(records), staging, chunk_bytes=1000, connections=3) as stream:
         view = stream.take("t0")
         source.wait_for_reads(2)
         assert blocks[0]() is not None
@@ -328,7 +344,9 @@ def test_the_first_error_is_raised_by_every_later_take() -> None:
             raise SourceError("the cable is out")
 
     records = in_a_row([10] * 10)
-    with RecordStream(MadeUpSource(gate), records, versions(records), chunk_bytes=10, connections=1) as stream:
+    with RecordStream(
+        MadeUpSource(gate), records, versions(records), HostStaging(), chunk_bytes=10, connections=1
+    ) as stream:
         for key in ("t2", "t2", "t0", "t9"):
             with pytest.raises(SourceError, match="the cable is out"):
                 stream.take(key)
@@ -345,7 +363,7 @@ def test_an_error_breaks_off_the_other_reads() -> None:
     source = MadeUpSource(gate)
     records = in_a_row([10] * 3)
     with (
-        RecordStream(source, records, versions(records), chunk_bytes=10, connections=3) as stream,
+        RecordStream(source, records, versions(records), HostStaging(), chunk_bytes=10, connections=3) as stream,
         pytest.raises(CorruptCheckpointError, match="bad bytes"),
     ):
         stream.take("t0")
@@ -357,7 +375,7 @@ def test_a_defect_in_a_thread_reaches_the_consumer() -> None:
 
     records = in_a_row([10, 10])
     stream = RecordStream(
-        MadeUpSource(), records, versions(records), chunk_bytes=10, connections=1, on_progress=progress
+        MadeUpSource(), records, versions(records), HostStaging(), chunk_bytes=10, connections=1, on_progress=progress
     )
     with stream:
         wait_until(lambda: not any(thread.is_alive() for thread in stream._threads))
@@ -376,7 +394,7 @@ def test_close_ends_reads_and_waiting_takes() -> None:
         except LoadCancelledError as error:
             errors.append(error)
 
-    with RecordStream(source, records, versions(records), chunk_bytes=10, connections=2) as stream:
+    with RecordStream(source, records, versions(records), HostStaging(), chunk_bytes=10, connections=2) as stream:
         consumer = threading.Thread(target=consume)
         consumer.start()
         source.wait_for_reads(2)
@@ -435,7 +453,13 @@ def test_a_folder_and_a_hub_stream_the_same_bytes(hub: HubServer, folder: Path) 
     commit = hub.add_repo("org/name", folder)
     for source in (FolderSource(folder), HubSource("org/name", commit, endpoint=hub.endpoint, sleep=lambda _: None)):
         with RecordStream(
-            source, records, {FILE: source.stat(FILE)}, budget_bytes=1 << 20, chunk_bytes=1 << 18, connections=3
+            source,
+            records,
+            {FILE: source.stat(FILE)},
+            HostStaging(),
+            budget_bytes=1 << 20,
+            chunk_bytes=1 << 18,
+            connections=3,
         ) as stream:
             assert b"".join(stream.take(each.key) for each in records) == whole
             assert stream.fetched_bytes == SIZE
@@ -456,11 +480,13 @@ def test_close_is_prompt_while_sockets_stall(hub: HubServer, folder: Path, after
         return Stall(after_bytes, 60)
 
     if warm:
-        with RecordStream(source, records, {FILE: version}, chunk_bytes=1 << 18, connections=4) as stream:
+        with RecordStream(
+            source, records, {FILE: version}, HostStaging(), chunk_bytes=1 << 18, connections=4
+        ) as stream:
             for each in records:
                 stream.take(each.key)
     hub.fault = fault
-    with RecordStream(source, records, {FILE: version}, chunk_bytes=1 << 18, connections=4) as stream:
+    with RecordStream(source, records, {FILE: version}, HostStaging(), chunk_bytes=1 << 18, connections=4) as stream:
         for _ in range(4):
             assert stalled.acquire(timeout=10)
         started = time.monotonic()

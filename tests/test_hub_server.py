@@ -97,9 +97,9 @@ def only_this_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     look_up, elsewhere = socket.getaddrinfo, []
 
     def guarded(host: Any, *args: Any, **kwargs: Any) -> Any:
-        if host not in ("127.0.0.1", b"127.0.0.1"):
+        if host not in ("127.0.0.1", b"127.0.0.1", "localhost", b"localhost"):
             elsewhere.append(host)
-            raise socket.gaierror(f"{host} is not 127.0.0.1")
+            raise socket.gaierror(f"{host} is not this machine")
         return look_up(host, *args, **kwargs)
 
     monkeypatch.setattr(socket, "getaddrinfo", guarded)

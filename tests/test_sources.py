@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
 import logging
 import os
+import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -141,14 +148,144 @@ def test_short_reads_are_continued(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert read(FolderSource(folder), 3) == CONTENT[3:]
 
 
-def test_a_failing_disk_is_a_source_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def preadv(*_: object) -> int:
-        raise OSError(5, "Input/output error")
+class FailingDisk:
+    """Takes the place of `os.preadv`: fails as scripted, one errno a call (0: a short read), and then goes well."""
 
-    source = FolderSource(folder)
-    monkeypatch.setattr(os, "preadv", preadv)
-    with pytest.raises(SourceError, match=r"model\.safetensors failed: Input/output error"):
+    def __init__(self, *script: int) -> None:
+        self.script, self.starts, self.descriptors = list(script), [], []
+        self._preadv = os.preadv
+
+    def __call__(self, descriptor: int, views: list[memoryview], at: int) -> int:
+        self.starts.append(at)
+        self.descriptors.append(os.fstat(descriptor).st_ino)
+        number = self.script.pop(0) if self.script else None
+        if number:
+            raise OSError(number, os.strerror(number))
+        return self._preadv(descriptor, [views[0][:100_000]] if number == 0 else views, at)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET])
+def test_a_disk_that_falters_is_read_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, sleeps: Sleeps, number: int
+) -> None:
+    """From the byte reached; and a progress renews the attempts."""
+    disk = FailingDisk(*[number] * 5, 0, *[number] * 5, 0, number)
+    monkeypatch.setattr(os, "preadv", disk)
+    assert read(FolderSource(folder, sleep=sleeps)) == CONTENT
+    assert disk.starts == [*[0] * 6, *[100_000] * 6, 200_000, 200_000]
+    assert len(sleeps) == 11
+    assert sleeps[:5] == sorted(sleeps[:5])
+
+
+def test_a_failing_disk_is_a_source_error(folder: Path, monkeypatch: pytest.MonkeyPatch, sleeps: Sleeps) -> None:
+    source = FolderSource(folder, sleep=sleeps)
+    monkeypatch.setattr(os, "preadv", FailingDisk(0, *[errno.EIO] * 99))
+    with pytest.raises(
+        SourceError,
+        match=rf"reading bytes 0 to 300000 of {folder}/model\.safetensors failed 6 times in a row, last: "
+        r"Input/output error \(EIO\); check the disk or the mount",
+    ):
         read(source)
+    assert len(sleeps) == 5
+
+
+@pytest.mark.parametrize("name", ["stat", "open", "fstat"])
+def test_a_disk_may_falter_before_it_reads(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, sleeps: Sleeps, name: str
+) -> None:
+    source, right = FolderSource(folder, sleep=sleeps), getattr(os, name)
+    pending = [errno.ESTALE, errno.EHOSTDOWN]
+
+    def falter(*arguments: Any, **more: Any) -> Any:
+        if pending:
+            raise OSError(pending[0], os.strerror(pending.pop(0)))
+        return right(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, falter)
+        assert read(source) == CONTENT
+    assert len(sleeps) == 2
+
+
+def test_no_permission_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch, sleeps: Sleeps) -> None:
+    source = FolderSource(folder, sleep=sleeps)
+    monkeypatch.setattr(os, "preadv", FailingDisk(*[errno.EACCES] * 9))  # root would be let in by a file's mode
+    with pytest.raises(SourceError, match=rf"Permission denied \(EACCES\); .* user {os.geteuid()}, .* no permission"):
+        read(source)
+    assert sleeps == []
+
+
+def test_a_file_that_is_replaced_between_attempts_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, sleeps: Sleeps
+) -> None:
+    def replace(seconds: float) -> None:
+        (folder / "new").write_bytes(CONTENT[::-1])
+        os.utime(folder / "new", ns=(1, 1))
+        (folder / "new").replace(folder / FILE)
+
+    monkeypatch.setattr(os, "preadv", FailingDisk(0, errno.ESTALE))
+    with pytest.raises(CorruptCheckpointError, match="changed since the load began"):
+        read(FolderSource(folder, sleep=replace))
+
+
+def test_the_wait_for_a_disk_can_be_cancelled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cancel = Cancel()
+    monkeypatch.setattr(os, "preadv", FailingDisk(*[errno.EIO] * 99))
+    timer = threading.Timer(0.1, cancel.set)
+    timer.start()
+    started = time.monotonic()
+    with pytest.raises(LoadCancelledError):
+        read(FolderSource(folder, attempts=99), cancel=cancel)
+    assert time.monotonic() - started < 5
+    timer.join()
+
+
+_READ_WITH_A_FAILING_DISK = """
+import sys, hashlib, json
+from pathlib import Path
+from shardlift.worker.sources import FolderSource
+sleeps = []
+source = FolderSource(Path(sys.argv[1]), sleep=sleeps.append)
+version = source.stat(sys.argv[2])
+buffer = bytearray(version.size_bytes)
+try:
+    source.read_into(sys.argv[2], 0, memoryview(buffer), version)
+    print(json.dumps([hashlib.sha256(buffer).hexdigest(), len(sleeps)]))
+except Exception as error:
+    print(json.dumps([type(error).__name__, str(error)]))
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None or sys.platform != "linux", reason="needs gcc, and Linux")
+def test_below_python_the_disk_fails_just_so(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The same by the system's calls themselves, so that what Python makes of them is tested too."""
+    library = tmp_path_factory.mktemp("shim") / "failing_disk.so"
+    code = Path(__file__).parent / "support" / "failing_disk.c"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, code, "-ldl"], check=True, timeout=60)
+
+    def run(*script: str) -> Any:
+        done = subprocess.run(
+            [sys.executable, "-c", _READ_WITH_A_FAILING_DISK, folder, FILE],
+            env=os.environ
+            | {"LD_PRELOAD": str(library), "FAILING_DISK_NAME": FILE, "FAILING_DISK_SCRIPT": ",".join(script)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        return json.loads(done.stdout)
+
+    whole = hashlib.sha256(CONTENT).hexdigest()
+    assert run() == [whole, 0]
+    # EIO, then 70,000 bytes and a stale handle, an open that times out, a reset.
+    assert run("5", "0", "116", "o110", "104") == [whole, 4]
+    kind, text = run("0", *["5"] * 6)
+    assert kind == "SourceError"
+    assert "failed 6 times in a row, last: Input/output error (EIO)" in text
+    kind, text = run("o13")
+    assert kind == "SourceError"
+    assert "no permission" in text
+    assert run("o2")[0] == "CheckpointNotFoundError"
 
 
 def test_a_cancelled_read_of_a_folder_ends(folder: Path) -> None:
@@ -406,6 +543,163 @@ def test_offline_mode_is_said(source: HubSource, monkeypatch: pytest.MonkeyPatch
     assert sleeps == []
 
 
+def test_a_name_that_nobody_knows_is_said(sleeps: Sleeps) -> None:
+    source = HubSource(REPO, "0" * 40, endpoint="http://no-such-host.invalid", sleep=sleeps)
+    with pytest.raises(
+        SourceError, match=r"failed 6 times in a row, last: the name no-such-host\.invalid can't be resolved \("
+    ):
+        source.stat(FILE)
+    assert len(sleeps) == 5
+
+
+# -- the cache
+
+
+@pytest.fixture
+def cached(hub: HubServer, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A cache that huggingface_hub itself has filled, and the commit in it."""
+    header = b'{"t":{"dtype":"U8","shape":[300000],"data_offsets":[0,300000]}}'
+    (folder / "sound.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + CONTENT)
+    commit, cache = hub.add_repo(REPO, folder), tmp_path_factory.mktemp("cache")
+    huggingface_hub.snapshot_download(REPO, endpoint=hub.endpoint, cache_dir=cache, token=False, max_workers=1)
+    hub.clear()
+    return cache, commit
+
+
+def cached_path(cache: Path, commit: str, file: str) -> Path:
+    return cache / "models--org--name" / "snapshots" / commit / file
+
+
+def test_what_is_cached_is_not_asked_for(hub: HubServer, folder: Path, cached: tuple[Path, str]) -> None:
+    cache, commit = cached
+    uncached = HubSource(REPO, commit, endpoint=hub.endpoint, cache_dir=str(cache / "none"))
+    versions = {file: uncached.stat(file) for file in ("sound.safetensors", SMALL)}
+    hub.clear()
+    spec = SourceSpec(kind="hub", location=REPO, commit=commit, endpoint=hub.endpoint, cache_dir=str(cache))
+    source = open_source(spec, None)
+    assert source.link == "the Hub (127.0.0.1)"
+    for file, version in versions.items():
+        assert source.stat(file) == version
+        buffer = bytearray(version.size_bytes)
+        source.read_into(file, 0, memoryview(buffer), version)
+        assert buffer == (folder / file).read_bytes()
+    assert hub.requests == []
+    assert source.link == "the Hub's cache on this machine"
+
+
+def test_a_subfolder_is_cached_too(hub: HubServer, cached: tuple[Path, str]) -> None:
+    cache, commit = cached
+    version = HubSource(REPO, commit, endpoint=hub.endpoint, subfolder="sub").stat(FILE)
+    hub.clear()
+    source = HubSource(REPO, commit, endpoint=hub.endpoint, cache_dir=str(cache), subfolder="sub")
+    source.read_into(FILE, 0, memoryview(buffer := bytearray(9)), version)
+    assert buffer == CONTENT[::-1][:9]
+    assert hub.requests == []
+
+
+def test_the_default_cache_is_huggingface_hubs(
+    hub: HubServer, cached: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, commit = cached
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    assert HubSource(REPO, commit, endpoint=hub.endpoint).stat(SMALL).size_bytes == 23
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("damage", [b"", CONTENT[:1000]], ids=["empty", "cut short"])
+def test_a_damaged_cache_is_left_alone(hub: HubServer, folder: Path, cached: tuple[Path, str], damage: bytes) -> None:
+    cache, commit = cached
+    for file in ("sound.safetensors", SMALL):
+        whole = (folder / file).read_bytes()
+        cached_path(cache, commit, file).resolve().write_bytes(damage)
+        source = HubSource(REPO, commit, endpoint=hub.endpoint, cache_dir=str(cache))
+        version = source.stat(file)  # as the driver does
+        assert version.size_bytes == len(whole)
+        assert read(source, 3, 20, file) == whole[3:20]
+        worker = HubSource(REPO, commit, endpoint=hub.endpoint, cache_dir=str(cache))
+        worker.read_into(file, 3, memoryview(buffer := bytearray(17)), version)
+        assert buffer == whole[3:20]
+        assert worker.link == "the Hub (127.0.0.1)"
+    assert {request.file for request in hub.requests if request.method == "GET"} == {"sound.safetensors", SMALL}
+
+
+def test_a_small_file_of_other_content_is_left_alone(hub: HubServer, cached: tuple[Path, str]) -> None:
+    """Of the right size: its hash is its name."""
+    cache, commit = cached
+    blob = cached_path(cache, commit, SMALL).resolve()
+    blob.write_bytes(blob.read_bytes().replace(b"llama", b"LLAMA"))
+    source = HubSource(REPO, commit, endpoint=hub.endpoint, cache_dir=str(cache))
+    source.stat(SMALL)
+    assert [request.method for request in hub.requests] == ["HEAD"]
+
+
+def test_another_version_in_the_cache_is_left_alone(hub: HubServer, cached: tuple[Path, str]) -> None:
+    cache, commit = cached
+    link = cached_path(cache, commit, FILE)
+    blob = link.resolve()
+    blob.rename(blob.with_name("0" * 64))
+    link.unlink()
+    link.symlink_to(Path("..") / ".." / "blobs" / ("0" * 64))
+    source = HubSource(REPO, commit, endpoint=hub.endpoint, cache_dir=str(cache))
+    source.read_into(FILE, 0, memoryview(bytearray(9)), HubSource(REPO, commit, endpoint=hub.endpoint).stat(FILE))
+    assert [request.origin for request in hub.requests] == ["hub", "hub", "cdn"]
+
+
+def test_a_cache_without_links_counts_by_size(hub: HubServer, cached: tuple[Path, str]) -> None:
+    cache, commit = cached
+    link = cached_path(cache, commit, FILE)
+    blob = link.resolve()
+    link.unlink()
+    blob.rename(link)
+    source = HubSource(REPO, commit, endpoint=hub.endpoint, cache_dir=str(cache))
+    assert read(source) == CONTENT
+    assert [request.method for request in hub.requests] == ["HEAD"]  # for the version, which such a cache doesn't tell
+
+
+def test_a_cache_that_fails_is_replaced_by_the_hub(
+    hub: HubServer, cached: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, sleeps: Sleeps
+) -> None:
+    cache, commit = cached
+    source = HubSource(REPO, commit, endpoint=hub.endpoint, cache_dir=str(cache), sleep=sleeps)
+    version = HubSource(REPO, commit, endpoint=hub.endpoint).stat(FILE)
+    buffer = bytearray(len(CONTENT))
+    source.read_into(FILE, 0, memoryview(buffer)[:1000], version)
+    monkeypatch.setattr(os, "preadv", FailingDisk(*[errno.EIO] * 99))
+    source.read_into(FILE, 1000, memoryview(buffer)[1000:2000], version)
+    cached_path(cache, commit, FILE).resolve().unlink()
+    source.read_into(FILE, 2000, memoryview(buffer)[2000:], version)
+    assert buffer == CONTENT
+    assert hub.ranges(FILE) == [(1000, 2000), (2000, len(CONTENT))]
+    assert source.link == "the Hub (127.0.0.1) and its cache on this machine"
+
+
+@pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "out of reach"])
+def test_offline_the_cache_is_all_there_is(
+    hub: HubServer, cached: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, sleeps: Sleeps, how: str
+) -> None:
+    cache, commit = cached
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", how == "HF_HUB_OFFLINE")
+    source = HubSource(
+        REPO, commit, endpoint=hub.endpoint, cache_dir=str(cache), is_cached_only=how == "out of reach", sleep=sleeps
+    )
+    assert read(source, 0, 5, SMALL) == b'{"mod'
+    with pytest.raises(CheckpointNotFoundError, match=f"none is not in the Hub's cache .* {how}"):
+        source.stat("none")
+    assert hub.requests == []
+    assert sleeps == []
+
+
+def test_what_the_cache_knows_to_be_missing_is_not_asked_for(hub: HubServer, cached: tuple[Path, str]) -> None:
+    cache, commit = cached
+    with pytest.raises(huggingface_hub.errors.EntryNotFoundError):
+        huggingface_hub.hf_hub_download(REPO, "none.json", endpoint=hub.endpoint, cache_dir=cache, token=False)
+    hub.clear()
+    source = HubSource(REPO, commit, endpoint=hub.endpoint, cache_dir=str(cache))
+    with pytest.raises(CheckpointNotFoundError, match=r"none\.json does not exist, by the Hub's cache"):
+        source.stat("none.json")
+    assert hub.requests == []
+
+
 # -- a file that changes
 
 
@@ -548,6 +842,21 @@ def test_backoff_grows_and_is_bounded(failures: int, random: float) -> None:
     wait_s = answers.backoff_s(failures, random)
     assert 0.25 <= wait_s <= 30.0
     assert wait_s <= answers.backoff_s(failures + 1, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "redacted"),
+    [
+        ("at https://cdn/x?Signature=s&b=c twice", "at https://cdn/x?… twice"),
+        ("http://me:hunter2@host/x", "http://…@host/x"),
+        ("s3://AKIA:ab/c+d@bucket/x", "s3://…@bucket/x"),
+        ("sftp://me@host/x", "sftp://…@host/x"),
+        ("https://host/x and me@host", "https://host/x and me@host"),
+        ('"http://127.0.0.1:9/a/b"', '"http://127.0.0.1:9/a/b"'),
+    ],
+)
+def test_secrets_are_taken_out_of_urls(text: str, redacted: str) -> None:
+    assert answers.redact(text) == redacted
 
 
 @pytest.mark.parametrize(

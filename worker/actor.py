@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +17,14 @@ import ray
 from ..proto.v1.errors import InternalError
 from ..proto.v1.status import to_error
 from .records import HubToken
-from .spec import LoadReport, StageSpec
+from .spec import LoadReport, LoadSnapshot, StageSpec
 
 if TYPE_CHECKING:
     from .service import StageServer
 
 logger = logging.getLogger(__name__)
+
+_KEEPING_S = 3.0
 
 
 class StageWorker:
@@ -40,11 +43,12 @@ class StageWorker:
 
         self._spec = StageSpec.from_json(spec)
         self._card = card
-        self._progress = LoadProgress()
+        self._progress = LoadProgress(trace=self._spec.trace)
         self._server: StageServer | None = None
         self._loading: asyncio.Future[LoadReport] | None = None
         self._report: LoadReport | None = None
         self._joined = False
+        self._keeping: threading.Thread | None = None
 
     async def device(self) -> str:
         """The device as the node counts it: "cuda:3" for the fourth GPU, whatever the process sees it as."""
@@ -60,16 +64,24 @@ class StageWorker:
 
     async def _load(self, token: HubToken) -> LoadReport:
         from .loader import load_stage
+        from .part_cache import PartCache
         from .service import StageServer
+        from .timeline import bottleneck
 
         started = time.monotonic()
         try:
+            cache = PartCache.from_environment() if self._spec.use_cache else None
             # A thread that ends with the load: OpenMP keeps a team for each thread that has computed, and with two
             # teams on its cores it stops spinning between kernels, which doubles the time of a decoding step.
             with ThreadPoolExecutor(max_workers=1, thread_name_prefix="load") as thread:
-                loaded = await asyncio.get_running_loop().run_in_executor(
-                    thread, load_stage, self._spec, token, self._progress
-                )
+                loop = asyncio.get_running_loop()
+                loaded = await loop.run_in_executor(thread, load_stage, self._spec, token, self._progress, cache)
+                if loaded.keep is not None and self._spec.device == "cpu":
+                    await loop.run_in_executor(thread, loaded.keep)
+            if loaded.keep is not None and self._spec.device != "cpu":
+                # Weights on a GPU stay as they are: they are written while the stage serves.
+                self._keeping = threading.Thread(target=loaded.keep, name="keep", daemon=True)
+                self._keeping.start()
             self._server = StageServer(loaded.stage, secret=self._spec.secret)
             address = await self._server.start(ray.util.get_node_ip_address())
         except Exception as error:
@@ -78,17 +90,30 @@ class StageWorker:
                 logger.exception("loading stage %s of %s failed", self._spec.index, self._spec.model)
             # Ray wraps what an actor raises; ours must arrive as it is, and be picklable.
             raise ours from None
+        phases = self._progress.timeline.phases()
         self._report = LoadReport(
             address=address,
             fetched_bytes=loaded.fetched_bytes,
+            cached_bytes=loaded.cached_bytes,
             modules=loaded.modules,
             seconds=time.monotonic() - started,
+            phases=phases,
+            link=loaded.link,
+            bottleneck=bottleneck(phases),
+            connections=self._spec.connections,
         )
         return self._report
 
-    async def progress(self) -> tuple[int, int]:
-        """Bytes fetched and tensors loaded so far."""
-        return self._progress.fetched_bytes, self._progress.tensors_loaded
+    async def trace(self) -> list[dict[str, Any]]:
+        """The load's spans as events of Chrome's trace format; empty unless the spec asked for a trace."""
+        from .timeline import trace_events
+
+        spans, dropped = self._progress.timeline.spans()
+        name = f"stage {self._spec.index} on {ray.util.get_node_ip_address()}/{await self.device()}"
+        return trace_events(spans, process=self._spec.index, name=name, dropped=dropped) if spans else []
+
+    async def progress(self) -> LoadSnapshot:
+        return self._progress.snapshot()
 
     async def join(self, next_address: str) -> None:
         """Closes the ring; the stage is ready afterwards."""
@@ -115,6 +140,9 @@ class StageWorker:
     async def stop(self) -> None:
         """Ends a load under way, closes the port and the sessions. The actor is killed after it."""
         self._progress.cancel()
+        if self._keeping is not None:
+            # A part half written is removed; killed before that, the process would leave it.
+            await asyncio.to_thread(self._keeping.join, _KEEPING_S)
         if self._server is not None:
             await self._server.stop()
 

@@ -5,94 +5,52 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-
-import numpy as np
+from typing import Any, Generic, TypeVar
 
 from ..proto.v1.errors import InternalError, LoadCancelledError
-from .records import DTYPES, FileVersion, TensorRecord
+from .chunks import CHUNK_BYTES, Chunk, plan_chunks
+from .records import FileVersion, TensorRecord
 from .sources import Cancel, Source
+from .staging import Staging
+from .timeline import FETCH, Timeline
 
-CHUNK_BYTES = 32 << 20
-WASTE_DIVISOR = 100  # gaps fetched along are at most 1/100 of the needed bytes
+CONNECTIONS = 4
+BUDGET_BYTES = 512 << 20
 
-_ALIGNMENT = 64
 _JOIN_S = 2.0
 
-
-# ---- the plan (pure) -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """The bytes [start, end) of a file, fetched and held together, and the records in them, in the consumer's order."""
-
-    file: str
-    start: int
-    end: int
-    records: tuple[TensorRecord, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        return self.end - self.start
-
-
-def plan_chunks(
-    records: Sequence[TensorRecord], *, chunk_bytes: int = CHUNK_BYTES, max_gap_bytes: int = 0
-) -> list[Chunk]:
-    """The chunks that bring `records`, in order.
-
-    Neighbours in the order that are neighbours in a file too, with at most `max_gap_bytes` between them, share a chunk
-    of at most `chunk_bytes`; all gaps together are at most 1 % of the needed bytes. A larger record is a chunk alone.
-    """
-    gap_budget = sum(record.size_bytes for record in records) // WASTE_DIVISOR
-    chunks: list[Chunk] = []
-    members: list[TensorRecord] = []
-
-    def flush() -> None:
-        if members:
-            first, last = members[0], members[-1]
-            chunks.append(Chunk(file=first.file, start=first.start, end=last.end, records=tuple(members)))
-            members.clear()
-
-    for record in records:
-        if members:
-            gap = record.start - members[-1].end
-            fits = record.end - members[0].start <= chunk_bytes
-            if record.file == members[0].file and 0 <= gap <= min(max_gap_bytes, gap_budget) and fits:
-                gap_budget -= gap
-            else:
-                flush()
-        members.append(record)
-    flush()
-    return chunks
-
-
-# ---- the stream ------------------------------------------------------------------------------------------------------
+TakenT = TypeVar("TakenT")
 
 
 @dataclass(slots=True, kw_only=True)
 class _Held:
-    """A chunk that was admitted: its bytes, as far as they are there, and who still waits for them."""
+    """A chunk that was admitted: where its bytes lie, as far as they are there, and who still waits for them."""
 
     chunk: Chunk
-    buffer: memoryview
+    place: Any
     missing_parts: int
     untaken: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """What one thread reads at a time: the bytes [start, end) of a chunk's buffer."""
+    """What one thread reads at a time: the bytes [start, end) of a chunk."""
 
     held: _Held
     start: int
     end: int
 
 
-class RecordStream:
+def part_bytes(budget_bytes: int, connections: int, chunk_bytes: int = CHUNK_BYTES) -> int:
+    """What one thread reads at a time, at most: little enough for all connections to work within the budget while the
+    consumer holds as much again."""
+    return max(1, min(chunk_bytes, budget_bytes // (2 * connections)))
+
+
+class RecordStream(Generic[TakenT]):
     """Fetches `records` in their order with `connections` threads, and hands each one over once.
 
     What was fetched or is being fetched, and not taken, stays within `budget_bytes`, with two exceptions that keep the
@@ -100,8 +58,11 @@ class RecordStream:
     waited for is fetched at once.
 
     Args:
+        staging: where the bytes lie meanwhile, and what `take` gives.
+        alone: keys of records that share no chunk: what is taken of them may be kept without keeping others.
         versions: of every file in `records`, as the driver saw them.
         on_progress: called with `fetched_bytes` whenever it has grown, by the threads, one call at a time.
+        timeline: gets a span for each read.
     """
 
     def __init__(
@@ -109,20 +70,23 @@ class RecordStream:
         source: Source,
         records: Sequence[TensorRecord],
         versions: Mapping[str, FileVersion],
+        staging: Staging[Any, TakenT],
         *,
-        budget_bytes: int = 512 << 20,
-        connections: int = 4,
+        budget_bytes: int = BUDGET_BYTES,
+        connections: int = CONNECTIONS,
         chunk_bytes: int = CHUNK_BYTES,
         max_gap_bytes: int = 0,
+        alone: Container[str] = (),
         on_progress: Callable[[int], None] | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         assert budget_bytes > 0
         assert connections > 0
-        # Small enough for all connections to work within the budget while the consumer holds as much again.
-        self._part_bytes = max(1, min(chunk_bytes, budget_bytes // (2 * connections)))
-        self._source, self._versions = source, versions
+        self._part_bytes = part_bytes(budget_bytes, connections, chunk_bytes)
+        self._source, self._versions, self._staging = source, versions, staging
+        self._timeline = timeline or Timeline()
         self._budget_bytes, self._on_progress = budget_bytes, on_progress
-        self._chunks = plan_chunks(records, chunk_bytes=self._part_bytes, max_gap_bytes=max_gap_bytes)
+        self._chunks = plan_chunks(records, chunk_bytes=self._part_bytes, max_gap_bytes=max_gap_bytes, alone=alone)
         self._places = {
             record.key: (index, record) for index, chunk in enumerate(self._chunks) for record in chunk.records
         }
@@ -145,7 +109,7 @@ class RecordStream:
             for index in range(connections)
         ]
 
-    def __enter__(self) -> RecordStream:
+    def __enter__(self) -> RecordStream[TakenT]:
         with self._changed:
             self._admit_ahead()
         for thread in self._threads:
@@ -168,11 +132,11 @@ class RecordStream:
         with self._changed:
             return self._held_bytes
 
-    def take(self, key: str) -> memoryview:
-        """The record's bytes, writable, at an address fit for its dtype. Waits for them.
+    def take(self, key: str) -> TakenT:
+        """The record's bytes, as the staging gives them. Waits for them.
 
-        The view is the caller's. It may share its memory with the records beside it, which then stays as long as any
-        of them: copy what is to be kept.
+        They are the caller's. They may share their memory with the records beside them, which then stays as long as
+        any of them: copy what is to be kept, or have it fetched `alone`.
 
         Raises:
             InternalError: no such record, or taken before.
@@ -195,7 +159,7 @@ class RecordStream:
                 del self._held[index]
                 self._held_bytes -= held.chunk.size_bytes
                 self._admit_ahead()
-        return _aligned(held.buffer, record.start - held.chunk.start, record)
+        return self._staging.take(held.place, record.start - held.chunk.start, record)
 
     def close(self) -> None:
         """Give up on what wasn't taken: break off the reads, and wait for the threads, two seconds at most.
@@ -234,7 +198,7 @@ class RecordStream:
         starts = range(0, chunk.size_bytes, self._part_bytes)
         held = _Held(
             chunk=chunk,
-            buffer=_allocate(chunk.size_bytes),
+            place=self._staging.allocate(chunk.size_bytes),
             missing_parts=len(starts),
             untaken=len(chunk.records),
         )
@@ -251,7 +215,7 @@ class RecordStream:
     def _drop(self) -> None:
         self._parts.clear()
         for held in self._held.values():
-            held.buffer = memoryview(b"")  # an error's traceback may keep `held`
+            held.place = None  # an error's traceback may keep `held`
         self._held.clear()
         self._held_bytes = 0
         self._changed.notify_all()
@@ -271,12 +235,20 @@ class RecordStream:
             self._cancel.set()
 
     def _read(self, part: _Part) -> None:
-        chunk = part.held.chunk
-        start, buffer = chunk.start + part.start, part.held.buffer[part.start : part.end]
-        self._source.read_into(chunk.file, start, buffer, self._versions[chunk.file], self._cancel)
+        chunk, place, size_bytes = part.held.chunk, part.held.place, part.end - part.start
+        if place is None:
+            return  # dropped since
+
+        def read(buffer: memoryview) -> None:
+            with self._timeline.span(FETCH, chunk.file, size_bytes):
+                start = chunk.start + part.start
+                self._source.read_into(chunk.file, start, buffer, self._versions[chunk.file], self._cancel)
+
+        self._staging.fill(place, part.start, part.end, read)
+        del place  # the taker's from now on
         with self._progress_lock:  # so that reports come in order
             with self._changed:
-                self._fetched_bytes += len(buffer)
+                self._fetched_bytes += size_bytes
                 fetched_bytes = self._fetched_bytes
                 part.held.missing_parts -= 1
                 if not part.held.missing_parts:
@@ -294,23 +266,3 @@ class RecordStream:
                 if len(self._admitted) == len(self._chunks):
                     return None
                 self._changed.wait()
-
-
-# ---- memory ----------------------------------------------------------------------------------------------------------
-
-
-def _allocate(size_bytes: int) -> memoryview:
-    """Bytes that nobody has set, from an address that is a multiple of 64."""
-    block = np.empty(size_bytes + _ALIGNMENT, np.uint8)
-    offset = -block.ctypes.data % _ALIGNMENT
-    return block[offset : offset + size_bytes].data
-
-
-def _aligned(buffer: memoryview, offset: int, record: TensorRecord) -> memoryview:
-    """The record's bytes at `offset` of an aligned buffer: in place, unless its dtype couldn't be read there."""
-    view = buffer[offset : offset + record.size_bytes]
-    if offset % (DTYPES[record.dtype][1] // 8) == 0:
-        return view
-    copy = _allocate(len(view))
-    copy[:] = view
-    return copy

@@ -1,121 +1,299 @@
-"""From a stage's spec to a resident stage: bytes by range, converted, quantized, placed, measured."""
+"""From a stage's spec to a resident stage: bytes by range, converted, quantized, placed, measured, kept for later."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import bitsandbytes
 import torch
-from transformers import GenerationConfig
+import transformers
+from transformers import GenerationConfig, PreTrainedModel
 
-from ..proto.v1.errors import LoadCancelledError
+from ..proto.v1.errors import CorruptCheckpointError, LoadCancelledError, one_line
+from . import quantize_cpu
 from .anatomy import anatomy_of
 from .fetch import RecordStream
-from .records import DTYPES, HubToken, TensorRecord
+from .part_cache import PartCache, is_pinned, key_of
+from .part_file import PartFile
+from .records import DTYPES, FileVersion, HubToken, TensorRecord
 from .residency import measure
-from .skeleton import KeyMap, LazyTensor, build_skeleton, cut_skeleton, load_weights, loading_order, parse_config
-from .sources import open_source
-from .spec import ModuleBytes, StageSpec
+from .serialized import serialize
+from .skeleton import (
+    KeyMap,
+    LazyTensor,
+    ParameterInfo,
+    Skeleton,
+    build_skeleton,
+    cut_skeleton,
+    load_weights,
+    loading_order,
+    parse_config,
+    restore_weights,
+)
+from .sources import Cancel, Source, open_source
+from .spec import LoadSnapshot, ModuleBytes, StageSpec
 from .stage import ResidentStage
+from .staging import HostStaging
 from .tensors import dtype_by_name
+from .timeline import BUILD, CAST, CONVERT, QUANTIZE, STORE, WAIT, Timeline
 
 logger = logging.getLogger(__name__)
+
+# A tensor that stays as it is has its own memory from this size on; a smaller one is copied out of what was fetched.
+_ALONE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedStage:
+    """A stage, resident. `keep` writes it into the node's cache; None where it is there, or isn't wanted.
+
+    On a CPU `keep` must run before the stage's first pass, which may change how weights lie in memory.
+    """
+
     stage: ResidentStage
     fetched_bytes: int
+    cached_bytes: int
     modules: tuple[ModuleBytes, ...]
+    link: str
+    keep: Callable[[], None] | None
 
 
 class LoadProgress:
     """How far a load is. Written by its threads, read by any; `cancel` ends the load, even one that waits for bytes."""
 
-    def __init__(self) -> None:
-        self.fetched_bytes = 0
-        self.tensors_loaded = 0
-        self._cancelled = threading.Event()
-        self._stream: RecordStream | None = None
+    def __init__(self, *, trace: bool = False) -> None:
+        self.timeline = Timeline(keep_spans=trace)
+        self.cancelled = Cancel()
+        self._fetched_bytes = self._total_bytes = self._loaded_bytes = self._tensors_loaded = self._tensors = 0
+        self._is_cached = False
+
+    def snapshot(self) -> LoadSnapshot:
+        return LoadSnapshot(
+            fetched_bytes=self._fetched_bytes,
+            total_bytes=self._total_bytes,
+            loaded_bytes=self._loaded_bytes,
+            tensors_loaded=self._tensors_loaded,
+            tensors=self._tensors,
+            is_cached=self._is_cached,
+        )
 
     def cancel(self) -> None:
-        self._cancelled.set()
-        if self._stream is not None:
-            self._stream.close()
-
-    def attach(self, stream: RecordStream | None) -> None:
-        """`stream` is what a cancelled load must no longer wait for; None once it is done with."""
-        self._stream = stream
+        self.cancelled.set()
 
     def check(self) -> None:
-        if self._cancelled.is_set():
+        if self.cancelled.is_set:
             raise LoadCancelledError("the load was cancelled")
 
+    def begin(self, records: Sequence[TensorRecord], *, is_cached: bool) -> None:
+        """What follows is counted from nothing."""
+        self._total_bytes, self._tensors = sum(record.size_bytes for record in records), len(records)
+        self._fetched_bytes = self._loaded_bytes = self._tensors_loaded = 0
+        self._is_cached = is_cached
 
-def load_stage(spec: StageSpec, token: HubToken, progress: LoadProgress) -> LoadedStage:
-    """Loads the stage that `spec` describes.
+    def fetched(self, fetched_bytes: int) -> None:
+        self._fetched_bytes = fetched_bytes
+
+    def loaded(self, record: TensorRecord) -> None:
+        self._loaded_bytes += record.size_bytes
+        self._tensors_loaded += 1
+
+
+def load_stage(spec: StageSpec, token: HubToken, progress: LoadProgress, cache: PartCache | None = None) -> LoadedStage:
+    """Loads the stage that `spec` describes, from `cache` if it is there.
 
     Holds no more of the checkpoint at a time than `spec.budget_bytes` and the tensor being converted. Raises the
     errors of sources, headers and skeleton; a failed load leaves nothing on the device.
     """
-    config = parse_config(spec.config)
-    skeleton = build_skeleton(
-        config,
-        dtype=dtype_by_name(spec.dtype),
-        quantization=spec.quantization,
-        device=spec.device,
-        attn_implementation=spec.attn_implementation,
-    )
-    cut_skeleton(skeleton, spec.cut)
-    records = {record.key: record for record in spec.records}
-    order = [records[key] for key in loading_order(list(records), KeyMap(skeleton))]
-
-    def on_progress(fetched_bytes: int) -> None:
-        progress.fetched_bytes = fetched_bytes
-
+    quantize_cpu.install()
+    if not is_pinned(spec):
+        cache = None
+    key = key_of(spec, _device_class(spec.device), _versions())
+    part = cache.find(key) if cache is not None else None
+    if cache is not None and part is not None:
+        try:
+            return _load_part(spec, part, progress)
+        except CorruptCheckpointError as error:
+            logger.warning("dropping a cached part: %s", one_line(error))
+            cache.drop(key)
+        finally:
+            part.close()
+    skeleton = _build(spec, progress)
     source = open_source(spec.source, token)
     try:
-        with RecordStream(
-            source, order, spec.versions, budget_bytes=spec.budget_bytes, on_progress=on_progress
-        ) as stream:
-            progress.attach(stream)
-            progress.check()
-            tensors = {
-                record.key: LazyTensor(
-                    record.dtype, record.shape, _reader(stream, record, progress, keep=spec.device == "cpu")
-                )
-                for record in order
-            }
-            model = load_weights(skeleton, tensors, spec.device)
-            fetched_bytes = stream.fetched_bytes
+        model, fetched_bytes = _load_records(spec, skeleton, source, progress)
+        link = source.link
     finally:
-        progress.attach(None)
         source.close()
-    model.generation_config = _generation_config(spec)
-    modules = measure(model)
+
+    def keep() -> None:
+        assert cache is not None
+        with progress.timeline.span(STORE):
+            tensors = serialize(model, skip=skeleton.tied_weights)
+            cache.store(key, tensors, _about(spec), progress.cancelled)
+
     return LoadedStage(
-        stage=ResidentStage(model, anatomy_of(config.model_type), spec.cut, spec.device),
+        stage=_resident(spec, model),
         fetched_bytes=fetched_bytes,
-        modules=modules,
+        cached_bytes=0,
+        modules=measure(model),
+        link=link,
+        keep=keep if cache is not None else None,
     )
 
 
-def _reader(
-    stream: RecordStream, record: TensorRecord, progress: LoadProgress, *, keep: bool
-) -> Callable[[], torch.Tensor]:
-    dtype = dtype_by_name(DTYPES[record.dtype][0])
+def _load_part(spec: StageSpec, part: PartFile, progress: LoadProgress) -> LoadedStage:
+    skeleton = _build(spec, progress)
+    records = list(part.records.values())
+    progress.begin(records, is_cached=True)
+    kept = {record.key for record in records if record.size_bytes >= _ALONE_BYTES}
+    with _streaming(spec, part, records, {part.path.name: part.version}, kept, progress) as take:
 
-    def read() -> torch.Tensor:
+        def take_kept(name: str) -> torch.Tensor:
+            tensor = take(part.records[name])
+            return tensor if name in kept else tensor.clone()
+
+        with _converting(progress.timeline):
+            model = restore_weights(skeleton, list(part.records), take_kept, spec.device)
+    return LoadedStage(
+        stage=_resident(spec, model),
+        fetched_bytes=0,
+        cached_bytes=part.size_bytes,
+        modules=measure(model),
+        link=part.link,
+        keep=None,
+    )
+
+
+def _build(spec: StageSpec, progress: LoadProgress) -> Skeleton:
+    progress.check()
+    with progress.timeline.span(BUILD):
+        skeleton = build_skeleton(
+            parse_config(spec.config),
+            dtype=dtype_by_name(spec.dtype),
+            quantization=spec.quantization,
+            device=spec.device,
+            attn_implementation=spec.attn_implementation,
+        )
+        cut_skeleton(skeleton, spec.cut)
+    return skeleton
+
+
+def _load_records(
+    spec: StageSpec, skeleton: Skeleton, source: Source, progress: LoadProgress
+) -> tuple[PreTrainedModel, int]:
+    """The model, and the bytes fetched for it."""
+    records = {record.key: record for record in spec.records}
+    key_map = KeyMap(skeleton)
+    order = [records[key] for key in loading_order(list(records), key_map)]
+    infos = {info.name: info for info in skeleton.parameters()}
+    targets = {key: infos.get(key_map(key)[0]) for key in records}
+    kept = {record.key for record in order if _is_kept(record, targets[record.key])}
+    progress.begin(order, is_cached=False)
+    large = {key for key in kept if records[key].size_bytes >= _ALONE_BYTES}
+    timeline = progress.timeline
+    with _streaming(spec, source, order, spec.versions, large, progress) as take:
+
+        def reader(record: TensorRecord) -> Callable[[], torch.Tensor]:
+            def read() -> torch.Tensor:
+                tensor = take(record)
+                target = targets[record.key]
+                dtype = tensor.dtype if target is None else dtype_by_name(target.dtype)
+                if dtype != tensor.dtype:
+                    # What the loader would do next: here it is seen, and happens on the device.
+                    with timeline.span(CAST, record.key, record.size_bytes):
+                        return tensor.to(dtype)
+                # The loader keeps what it is given: it must not hold on to the chunk that this is a view of.
+                return tensor.clone() if record.key in kept and record.key not in large else tensor
+
+            return read
+
+        tensors = {record.key: LazyTensor(record.dtype, record.shape, reader(record)) for record in order}
+        with _converting(timeline):
+            model = load_weights(skeleton, tensors, spec.device, timeline)
+        for file in spec.versions:
+            source.verify(file, spec.versions[file])
+    return model, progress.snapshot().fetched_bytes
+
+
+def _is_kept(record: TensorRecord, target: ParameterInfo | None) -> bool:
+    """Whether the tensor that was read is itself what stays: neither quantized nor cast."""
+    return target is None or (not target.quantized and target.dtype == DTYPES[record.dtype][0])
+
+
+@contextlib.contextmanager
+def _streaming(
+    spec: StageSpec,
+    source: Source,
+    records: Sequence[TensorRecord],
+    versions: Mapping[str, FileVersion],
+    alone: set[str],
+    progress: LoadProgress,
+) -> Iterator[Callable[[TensorRecord], torch.Tensor]]:
+    """What gives each record as a tensor on the stage's device, waiting for it; a cancelled load is told at once."""
+    timeline = progress.timeline
+    cuda = None
+    if spec.device.startswith("cuda"):
+        from .staging_cuda import CudaStaging
+
+        cuda = CudaStaging(
+            torch.device(spec.device), timeline, budget_bytes=spec.budget_bytes, connections=spec.connections
+        )
+    stream: RecordStream[memoryview | torch.Tensor] = RecordStream(
+        source,
+        records,
+        versions,
+        cuda or HostStaging(),
+        budget_bytes=cuda.stream_bytes if cuda is not None else spec.budget_bytes,
+        connections=spec.connections,
+        alone=alone,
+        on_progress=progress.fetched,
+        timeline=timeline,
+    )
+
+    def take(record: TensorRecord) -> torch.Tensor:
         progress.check()
-        data = stream.take(record.key)
-        tensor = torch.frombuffer(data, dtype=dtype) if record.numel else torch.empty(0, dtype=dtype)
-        progress.tensors_loaded += 1
-        # On a CPU the loader keeps the tensor it is given: it must not hold on to the chunk that this is a view of.
-        return tensor.reshape(record.shape).clone() if keep else tensor.reshape(record.shape)
+        with timeline.span(WAIT, record.key, record.size_bytes):
+            data = stream.take(record.key)
+        progress.loaded(record)
+        dtype = dtype_by_name(DTYPES[record.dtype][0])
+        if not record.numel:
+            return torch.empty(record.shape, dtype=dtype, device=spec.device)
+        flat = data.view(dtype) if isinstance(data, torch.Tensor) else torch.frombuffer(data, dtype=dtype)
+        return flat.reshape(record.shape)
 
-    return read
+    try:
+        with stream, progress.cancelled.calling(stream.close):
+            progress.check()
+            yield take
+            if cuda is not None:
+                with timeline.span(QUANTIZE):
+                    # Only now is it done.
+                    torch.cuda.synchronize(spec.device)
+    finally:
+        if cuda is not None:
+            cuda.close()
+
+
+@contextlib.contextmanager
+def _converting(timeline: Timeline) -> Iterator[None]:
+    """Counts as "convert" what is left of the context's time beside the other phases of this thread."""
+    phases = (WAIT, CAST, QUANTIZE)
+    before = timeline.seconds(*phases)
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        inside = timeline.seconds(*phases) - before
+        timeline.count(CONVERT, max(0.0, time.perf_counter() - started - inside))
+
+
+def _resident(spec: StageSpec, model: PreTrainedModel) -> ResidentStage:
+    model.generation_config = _generation_config(spec)
+    return ResidentStage(model, anatomy_of(parse_config(spec.config).model_type), spec.cut, spec.device)
 
 
 def _generation_config(spec: StageSpec) -> GenerationConfig:
@@ -123,3 +301,35 @@ def _generation_config(spec: StageSpec) -> GenerationConfig:
     if spec.generation_config is not None:
         return GenerationConfig.from_dict(dict(spec.generation_config))
     return GenerationConfig.from_model_config(parse_config(spec.config))
+
+
+# ---- the cache's side ------------------------------------------------------------------------------------------------
+
+
+def _device_class(device: str) -> str:
+    """Devices that quantize to the same bytes. That CPUs and GPUs do is not known."""
+    if not device.startswith("cuda"):
+        return "cpu"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"cuda-{major}.{minor}"
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "bitsandbytes": bitsandbytes.__version__,
+    }
+
+
+def _about(spec: StageSpec) -> dict[str, object]:
+    """What people are told of a part."""
+    return {
+        "model": spec.source.location,
+        "commit": spec.source.commit,
+        "layers": [spec.cut.first, spec.cut.end - 1],
+        "quantization": dict(spec.quantization) if spec.quantization else None,
+        "dtype": spec.dtype,
+        "device": _device_class(spec.device),
+        **_versions(),
+    }

@@ -53,19 +53,28 @@ class TensorRecord:
 class FileVersion:
     """A checkpoint's file as the driver saw it; a worker that sees another one must stop.
 
-    `etag` is the Hub's, or "<mtime_ns>-<size>" for a file in a folder.
+    `etag` is the Hub's; "<mtime_ns>-<size>" for a file in a folder; for a URL what its store tells (an ETag, a
+    generation, a hash, a time of change). "" where nothing is told: then the size alone is compared.
     """
 
     size_bytes: int
     etag: str
+
+    def is_same(self, other: FileVersion) -> bool:
+        """Whether nothing speaks against both being the same bytes."""
+        tags_agree = not self.etag or not other.etag or self.etag == other.etag
+        return self.size_bytes == other.size_bytes and tags_agree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceSpec:
     """What a worker needs to open the checkpoint, except for the token, which never becomes part of a plan.
 
-    kind "folder": `location` is an absolute path. kind "hub": `location` is "org/name", `commit` the resolved
-    commit, `endpoint` the Hub's address ("" for huggingface_hub's default).
+    kind "folder": `location` is an absolute path. kind "url": `location` is "scheme://host/prefix", without query,
+    credentials or a slash at its end; how to get in is each process's own environment. kind "hub": `location` is
+    "org/name", `commit` the resolved commit, `endpoint` the Hub's address ("" for huggingface_hub's default),
+    `cache_dir` the Hub's cache on each node ("" for huggingface_hub's default), `is_cached_only` that the Hub couldn't
+    be asked when the plan was made: a file that isn't in the planner's cache doesn't exist.
     """
 
     kind: str
@@ -73,3 +82,5 @@ class SourceSpec:
     commit: str = ""
     endpoint: str = ""
     subfolder: str = ""
+    cache_dir: str = ""
+    is_cached_only: bool = False

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    ConversionOps,
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
@@ -42,7 +43,14 @@ from ..proto.v1.errors import (
     one_line,
 )
 from .anatomy import Anatomy, Cut, Place, anatomy_of, place_of
+from .serialized import restore
 from .tensors import dtype_name
+from .timeline import QUANTIZE, Timeline
+
+# A field that transformers 5.17 doesn't have.
+_MORE_INFO: dict[str, Any] = (
+    {"skipped_pp_keys": set()} if "skipped_pp_keys" in LoadStateDictInfo.__annotations__ else {}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +101,8 @@ class Skeleton:
             module = self.model.get_submodule(name.rpartition(".")[0])
             quantized = _quantized(module) if name.endswith(".weight") else ""
             shape = tuple(parameter.shape)
-            transposed = quantized and issubclass(module.source_cls, Conv1D)
+            # As soon as bitsandbytes' module stands for it, whatever that keeps the weight in.
+            transposed = name.endswith(".weight") and issubclass(getattr(module, "source_cls", object), Conv1D)
             dtype = next((kept for pattern, kept in plan.items() if _matches(pattern, name)), parameter.dtype)
             yield ParameterInfo(
                 name=name,
@@ -263,7 +272,7 @@ def unmatched_keys(skeleton: Skeleton, matched: set[str], unexpected: set[str]) 
         mismatched_keys=set(),
         conversion_errors={},
         error_msgs=[],
-        **({"skipped_pp_keys": set()} if "skipped_pp_keys" in LoadStateDictInfo.__annotations__ else {}),
+        **_MORE_INFO,
     )
     skeleton.model._adjust_missing_and_unexpected_keys(info)
     parameters = {name for name, _ in skeleton.model.named_parameters()}
@@ -364,33 +373,26 @@ class LazyTensor:
         return tensor if index is Ellipsis else tensor[index]
 
 
-def load_weights(skeleton: Skeleton, tensors: Mapping[str, LazyTensor], device: str) -> PreTrainedModel:
+def load_weights(
+    skeleton: Skeleton, tensors: Mapping[str, LazyTensor], device: str, timeline: Timeline | None = None
+) -> PreTrainedModel:
     """Converts, quantizes and places `tensors` (by checkpoint key) into the cut skeleton, and gives the ready model.
 
     Raises TensorMismatchError, which names tensors, unless every parameter got exactly its own: nothing is ever left
     randomly initialised.
     """
     model, quantizer = skeleton.model, skeleton.quantizer
-    load_config = LoadStateDictConfig(
-        device_map={"": device},
-        dtype=skeleton.dtype,
-        dtype_plan=model._get_dtype_plan(skeleton.dtype),
-        hf_quantizer=quantizer,
-        weight_mapping=skeleton.weight_mapping,
-    )
+    load_config = _load_config(skeleton, device)
     # Without quantization, transformers would take all tensors at once, by threads, in another order: what was fetched
     # would pile up before it is converted.
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    if quantizer is not None and timeline is not None:
+        operation = quantizer.get_quantize_ops
+        quantizer.get_quantize_ops = lambda: _Timed(operation(), timeline)
     with _quiet_transformers():
         info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), load_config)
         # A failed conversion is reported at the end by transformers; what it couldn't convert counts as missing.
         _check_loading_info(skeleton, info)
-        info = type(model)._finalize_model_loading(model, load_config, info)
-        _check_loading_info(skeleton, info)
-        model.eval()
-        if quantizer is not None:
-            model.hf_quantizer = quantizer
-            quantizer.postprocess_model(model)
     for name, module in model.named_modules():
         # The loader doesn't compare a quantized weight's shape.
         if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
@@ -401,10 +403,70 @@ def load_weights(skeleton: Skeleton, tensors: Mapping[str, LazyTensor], device: 
                     f"tensor for {name}.weight has shape {list(found)}, the model needs "
                     f"{[module.out_features, module.in_features]}"
                 )
+    return _finish(skeleton, load_config, info)
+
+
+def restore_weights(
+    skeleton: Skeleton, names: Collection[str], take: Callable[[str], torch.Tensor], device: str
+) -> PreTrainedModel:
+    """As `load_weights`, from tensors that `serialized.serialize` named: `take` gives each, on `device`.
+
+    Raises CorruptCheckpointError for a tensor missing or too many.
+    """
+    model = skeleton.model
+    restore(model, names, take, device, skip=skeleton.tied_weights)
+    info = LoadStateDictInfo(
+        missing_keys=set(skeleton.tied_weights),
+        unexpected_keys=set(),
+        mismatched_keys=set(),
+        conversion_errors={},
+        error_msgs=[],
+        **_MORE_INFO,
+    )
+    return _finish(skeleton, _load_config(skeleton, device), info)
+
+
+def _load_config(skeleton: Skeleton, device: str) -> LoadStateDictConfig:
+    return LoadStateDictConfig(
+        device_map={"": device},
+        dtype=skeleton.dtype,
+        dtype_plan=skeleton.model._get_dtype_plan(skeleton.dtype),
+        hf_quantizer=skeleton.quantizer,
+        weight_mapping=skeleton.weight_mapping,
+    )
+
+
+def _finish(skeleton: Skeleton, load_config: LoadStateDictConfig, info: LoadStateDictInfo) -> PreTrainedModel:
+    """What `from_pretrained` does once tensors are in place: computed buffers, tied weights, evaluation mode."""
+    model, quantizer = skeleton.model, skeleton.quantizer
+    with _quiet_transformers():
+        info = type(model)._finalize_model_loading(model, load_config, info)
+        _check_loading_info(skeleton, info)
+        model.eval()
+        if quantizer is not None:
+            model.hf_quantizer = quantizer
+            quantizer.postprocess_model(model)
     for name, tensor in list(model.named_parameters()) + list(model.named_buffers()):
         if tensor.is_meta:
             raise TensorMismatchError(f"{name} was left without data by the loader")
     return model
+
+
+class _Timed(ConversionOps):
+    """A quantization, with its time taken down."""
+
+    def __init__(self, operation: ConversionOps, timeline: Timeline) -> None:
+        self._operation, self._timeline = operation, timeline
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        tensors = [value[0] if isinstance(value, list) else value for value in input_dict.values()]
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        with self._timeline.span(QUANTIZE, str(kwargs.get("full_layer_name", "")), size):
+            result = self._operation.convert(input_dict, **kwargs)
+            if self._timeline.keeps_spans and tensors and tensors[0].is_cuda:
+                # A kernel's time is wanted, not its launch's.
+                torch.cuda.synchronize(tensors[0].device)
+            return dict(result)
 
 
 def _check_loading_info(skeleton: Skeleton, info: Any) -> None:

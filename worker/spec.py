@@ -11,6 +11,7 @@ from typing import Any
 
 from .anatomy import Cut
 from .records import FileVersion, SourceSpec, TensorRecord
+from .timeline import Phase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +22,8 @@ class StageSpec:
     device: where the stage lives on its node: "cpu" or "cuda:<index as the worker sees it>".
     config, generation_config, quantization: as JSON objects; dtype: a torch dtype's name.
     secret: shared by the stages of this load alone.
-    budget_bytes: host memory for checkpoint bytes that are fetched but not yet converted.
+    budget_bytes: memory for checkpoint bytes that are fetched but not yet converted.
+    connections: reads at a time. use_cache: read and keep quantized parts on the node. trace: keep every span's times.
     """
 
     model: str
@@ -40,6 +42,9 @@ class StageSpec:
     attn_implementation: str | None
     secret: str
     budget_bytes: int = 512 << 20
+    connections: int = 4
+    use_cache: bool = True
+    trace: bool = False
 
     @property
     def fetch_bytes(self) -> int:
@@ -77,13 +82,48 @@ class ModuleBytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """What a worker tells after its load."""
+    """What a worker tells after its load.
+
+    fetched_bytes: read from the source; 0 for a part that came from the node's cache, of which `cached_bytes` were
+    read. link: what the bytes came over. bottleneck: the phase (`worker.timeline`) that the load waited for most.
+    connections: reads at a time; "fetch" sums their seconds.
+    """
 
     address: str
     fetched_bytes: int
+    cached_bytes: int
     modules: tuple[ModuleBytes, ...]
     seconds: float
+    phases: tuple[Phase, ...]
+    link: str
+    bottleneck: str
+    connections: int
 
     @property
     def measured_bytes(self) -> int:
         return sum(module.size_bytes for module in self.modules)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadSnapshot:
+    """How far a load is.
+
+    total_bytes: what will be fetched, or read from the cache if `is_cached`. loaded_bytes: of it, what is converted.
+    """
+
+    fetched_bytes: int
+    total_bytes: int
+    loaded_bytes: int
+    tensors_loaded: int
+    tensors: int
+    is_cached: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedPart:
+    """A quantized part in a node's cache. used_s: when it was last used, in seconds since 1970. about: what it is."""
+
+    key: str
+    size_bytes: int
+    used_s: float
+    about: Mapping[str, Any]

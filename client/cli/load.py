@@ -14,14 +14,26 @@ from .common import as_json, checkpoint, checkpoint_arguments, gateway, open_cli
 @click.argument("path")
 @click.option("--name", help="The model's name in the registry. [default: derived from PATH]")
 @checkpoint
+@click.option("--staging-budget", help="Memory of each worker for bytes on their way. [default: 512MiB]")
+@click.option("--connections", type=click.IntRange(min=1), help="Reads at a time of each worker. [default: 4]")
+@click.option("--no-cache", is_flag=True, help="Neither read quantized parts that nodes keep, nor keep new ones.")
+@click.option(
+    "--trace",
+    type=click.Path(dir_okay=False, writable=True),
+    help="File for the timeline of all workers, in Chrome's trace format (ui.perfetto.dev shows it).",
+)
 @gateway
 @as_json
 def load(path: str, name: str | None, address: str | None, token_file: str | None, json_: bool, **values: Any) -> None:
-    """Loads the checkpoint PATH ("org/name" or a folder) and says where it is.
+    """Loads the checkpoint PATH ("org/name", a folder or a URL) and says where it is.
 
     Starts a gateway here when none is named and none runs; inside a Ray job, on the job's cluster. Ctrl-C cancels.
     """
-    arguments = checkpoint_arguments(values)
+    arguments = {
+        **checkpoint_arguments(values),
+        **{key: values[key] for key in ("staging_budget", "connections", "trace") if values[key] is not None},
+        "part_cache": not values["no_cache"],
+    }
     with open_client(address, token_file, start=True) as client:
         with LoadProgress() as progress:
             info = client.load(path, name=name, on_event=progress.show, **arguments).info()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ..render import show_model, show_models
+from ..render import show_model, show_models, show_modules
 from .common import as_json, gateway, open_client, print_json
 
 
@@ -26,13 +26,15 @@ def list_models(address: str | None, token_file: str | None, json_: bool) -> Non
 @gateway
 @as_json
 def show(name: str, address: str | None, token_file: str | None, json_: bool) -> None:
-    """Shows where the model NAME is: predicted and measured bytes of each stage."""
+    """Shows where the model NAME is: predicted and measured bytes of each stage, and what each module holds."""
     with open_client(address, token_file) as client:
         info = client.model(name).info()
     if json_:
         print_json(info.to_dict())
     else:
         show_model(info)
+        if info.residency:
+            show_modules(info)
 
 
 @click.command()

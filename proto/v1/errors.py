@@ -14,6 +14,7 @@
     ├── ModelNameTakenError            the registry holds that name
     ├── ModelNotFoundError             the registry holds no such name
     ├── ModelUnavailableError          resident, but a stage doesn't answer
+    │   └── WorkerDiedError            the process of a stage's worker is gone
     ├── LoadCancelledError             unloaded, or given up by its client, while loading
     ├── AuthenticationError            no token, or a wrong one
     ├── GatewayUnavailableError        nobody answers at the address
@@ -80,6 +81,10 @@ class ModelNotFoundError(ShardliftError):
 
 class ModelUnavailableError(ShardliftError):
     """The model is resident, but one of its stages doesn't answer."""
+
+
+class WorkerDiedError(ModelUnavailableError):
+    """The process of a stage's worker is gone."""
 
 
 class LoadCancelledError(ShardliftError):

@@ -41,7 +41,7 @@ class ModelSource(_message.Message):
     def __init__(self, path: _Optional[str] = ..., revision: _Optional[str] = ..., subfolder: _Optional[str] = ..., variant: _Optional[str] = ..., token: _Optional[str] = ..., hub_endpoint: _Optional[str] = ..., cache_dir: _Optional[str] = ..., trust_remote_code: _Optional[bool] = ...) -> None: ...
 
 class LoadOptions(_message.Message):
-    __slots__ = ("quantization_config_json", "dtype", "attn_implementation", "config_json", "config_overrides_json", "device_map", "device_map_by_module", "max_memory", "num_stages")
+    __slots__ = ("quantization_config_json", "dtype", "attn_implementation", "config_json", "config_overrides_json", "device_map", "device_map_by_module", "max_memory", "num_stages", "staging_budget", "connections", "without_cache", "trace")
     class DeviceMapByModuleEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +65,10 @@ class LoadOptions(_message.Message):
     DEVICE_MAP_BY_MODULE_FIELD_NUMBER: _ClassVar[int]
     MAX_MEMORY_FIELD_NUMBER: _ClassVar[int]
     NUM_STAGES_FIELD_NUMBER: _ClassVar[int]
+    STAGING_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_CACHE_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     quantization_config_json: str
     dtype: str
     attn_implementation: str
@@ -74,7 +78,11 @@ class LoadOptions(_message.Message):
     device_map_by_module: _containers.ScalarMap[str, str]
     max_memory: _containers.ScalarMap[str, str]
     num_stages: int
-    def __init__(self, quantization_config_json: _Optional[str] = ..., dtype: _Optional[str] = ..., attn_implementation: _Optional[str] = ..., config_json: _Optional[str] = ..., config_overrides_json: _Optional[str] = ..., device_map: _Optional[str] = ..., device_map_by_module: _Optional[_Mapping[str, str]] = ..., max_memory: _Optional[_Mapping[str, str]] = ..., num_stages: _Optional[int] = ...) -> None: ...
+    staging_budget: str
+    connections: int
+    without_cache: bool
+    trace: bool
+    def __init__(self, quantization_config_json: _Optional[str] = ..., dtype: _Optional[str] = ..., attn_implementation: _Optional[str] = ..., config_json: _Optional[str] = ..., config_overrides_json: _Optional[str] = ..., device_map: _Optional[str] = ..., device_map_by_module: _Optional[_Mapping[str, str]] = ..., max_memory: _Optional[_Mapping[str, str]] = ..., num_stages: _Optional[int] = ..., staging_budget: _Optional[str] = ..., connections: _Optional[int] = ..., without_cache: _Optional[bool] = ..., trace: _Optional[bool] = ...) -> None: ...
 
 class PlanModelRequest(_message.Message):
     __slots__ = ("source", "options")
@@ -101,20 +109,32 @@ class LoadModelRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., source: _Optional[_Union[ModelSource, _Mapping]] = ..., options: _Optional[_Union[LoadOptions, _Mapping]] = ...) -> None: ...
 
 class LoadModelResponse(_message.Message):
-    __slots__ = ("started", "planned", "placed", "progress", "ready", "warning")
+    __slots__ = ("started", "planned", "placed", "progress", "ready", "warning", "trace")
     STARTED_FIELD_NUMBER: _ClassVar[int]
     PLANNED_FIELD_NUMBER: _ClassVar[int]
     PLACED_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     WARNING_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     started: LoadStarted
     planned: Plan
     placed: StagePlaced
     progress: StageProgress
     ready: ModelInfo
     warning: str
-    def __init__(self, started: _Optional[_Union[LoadStarted, _Mapping]] = ..., planned: _Optional[_Union[Plan, _Mapping]] = ..., placed: _Optional[_Union[StagePlaced, _Mapping]] = ..., progress: _Optional[_Union[StageProgress, _Mapping]] = ..., ready: _Optional[_Union[ModelInfo, _Mapping]] = ..., warning: _Optional[str] = ...) -> None: ...
+    trace: LoadTrace
+    def __init__(self, started: _Optional[_Union[LoadStarted, _Mapping]] = ..., planned: _Optional[_Union[Plan, _Mapping]] = ..., placed: _Optional[_Union[StagePlaced, _Mapping]] = ..., progress: _Optional[_Union[StageProgress, _Mapping]] = ..., ready: _Optional[_Union[ModelInfo, _Mapping]] = ..., warning: _Optional[str] = ..., trace: _Optional[_Union[LoadTrace, _Mapping]] = ...) -> None: ...
+
+class LoadTrace(_message.Message):
+    __slots__ = ("stage", "json", "last")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    json: bytes
+    last: bool
+    def __init__(self, stage: _Optional[int] = ..., json: _Optional[bytes] = ..., last: _Optional[bool] = ...) -> None: ...
 
 class LoadStarted(_message.Message):
     __slots__ = ("name", "commit")
@@ -135,7 +155,7 @@ class StagePlaced(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
 
 class StageProgress(_message.Message):
-    __slots__ = ("stage", "fetched_bytes", "fetch_bytes", "tensors_loaded", "tensors", "resident_bytes", "done")
+    __slots__ = ("stage", "fetched_bytes", "fetch_bytes", "tensors_loaded", "tensors", "resident_bytes", "done", "bytes_per_second", "seconds_left", "cached")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     FETCHED_BYTES_FIELD_NUMBER: _ClassVar[int]
     FETCH_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -143,6 +163,9 @@ class StageProgress(_message.Message):
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_LEFT_FIELD_NUMBER: _ClassVar[int]
+    CACHED_FIELD_NUMBER: _ClassVar[int]
     stage: int
     fetched_bytes: int
     fetch_bytes: int
@@ -150,7 +173,10 @@ class StageProgress(_message.Message):
     tensors: int
     resident_bytes: int
     done: bool
-    def __init__(self, stage: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., fetch_bytes: _Optional[int] = ..., tensors_loaded: _Optional[int] = ..., tensors: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., done: _Optional[bool] = ...) -> None: ...
+    bytes_per_second: float
+    seconds_left: float
+    cached: bool
+    def __init__(self, stage: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., fetch_bytes: _Optional[int] = ..., tensors_loaded: _Optional[int] = ..., tensors: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., done: _Optional[bool] = ..., bytes_per_second: _Optional[float] = ..., seconds_left: _Optional[float] = ..., cached: _Optional[bool] = ...) -> None: ...
 
 class Plan(_message.Message):
     __slots__ = ("model", "quantization", "total_resident_bytes", "total_fetch_bytes", "stages", "dtype", "commit")
@@ -217,16 +243,44 @@ class ModelInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., residency: _Optional[_Iterable[_Union[StageResidency, _Mapping]]] = ..., config_json: _Optional[str] = ..., generation_config_json: _Optional[str] = ..., path: _Optional[str] = ..., reason: _Optional[str] = ..., load_seconds: _Optional[float] = ...) -> None: ...
 
 class StageResidency(_message.Message):
-    __slots__ = ("stage", "measured_bytes", "modules", "fetched_bytes")
+    __slots__ = ("stage", "measured_bytes", "modules", "fetched_bytes", "load")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     MEASURED_BYTES_FIELD_NUMBER: _ClassVar[int]
     MODULES_FIELD_NUMBER: _ClassVar[int]
     FETCHED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     stage: int
     measured_bytes: int
     modules: _containers.RepeatedCompositeFieldContainer[ModuleResidency]
     fetched_bytes: int
-    def __init__(self, stage: _Optional[int] = ..., measured_bytes: _Optional[int] = ..., modules: _Optional[_Iterable[_Union[ModuleResidency, _Mapping]]] = ..., fetched_bytes: _Optional[int] = ...) -> None: ...
+    load: StageLoad
+    def __init__(self, stage: _Optional[int] = ..., measured_bytes: _Optional[int] = ..., modules: _Optional[_Iterable[_Union[ModuleResidency, _Mapping]]] = ..., fetched_bytes: _Optional[int] = ..., load: _Optional[_Union[StageLoad, _Mapping]] = ...) -> None: ...
+
+class StageLoad(_message.Message):
+    __slots__ = ("seconds", "cached_bytes", "phases", "bottleneck", "link", "connections")
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PHASES_FIELD_NUMBER: _ClassVar[int]
+    BOTTLENECK_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
+    CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
+    seconds: float
+    cached_bytes: int
+    phases: _containers.RepeatedCompositeFieldContainer[PhaseTime]
+    bottleneck: str
+    link: str
+    connections: int
+    def __init__(self, seconds: _Optional[float] = ..., cached_bytes: _Optional[int] = ..., phases: _Optional[_Iterable[_Union[PhaseTime, _Mapping]]] = ..., bottleneck: _Optional[str] = ..., link: _Optional[str] = ..., connections: _Optional[int] = ...) -> None: ...
+
+class PhaseTime(_message.Message):
+    __slots__ = ("name", "seconds", "bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    seconds: float
+    bytes: int
+    def __init__(self, name: _Optional[str] = ..., seconds: _Optional[float] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class ModuleResidency(_message.Message):
     __slots__ = ("module", "dtype", "bytes", "device")
@@ -271,3 +325,37 @@ class UnloadModelRequest(_message.Message):
 class UnloadModelResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class CachedPart(_message.Message):
+    __slots__ = ("node", "key", "bytes", "used_unix_s", "about_json")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    USED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    ABOUT_JSON_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    key: str
+    bytes: int
+    used_unix_s: float
+    about_json: str
+    def __init__(self, node: _Optional[str] = ..., key: _Optional[str] = ..., bytes: _Optional[int] = ..., used_unix_s: _Optional[float] = ..., about_json: _Optional[str] = ...) -> None: ...
+
+class ListCachedPartsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListCachedPartsResponse(_message.Message):
+    __slots__ = ("parts",)
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    parts: _containers.RepeatedCompositeFieldContainer[CachedPart]
+    def __init__(self, parts: _Optional[_Iterable[_Union[CachedPart, _Mapping]]] = ...) -> None: ...
+
+class ClearCachedPartsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ClearCachedPartsResponse(_message.Message):
+    __slots__ = ("bytes",)
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    bytes: int
+    def __init__(self, bytes: _Optional[int] = ...) -> None: ...

@@ -60,6 +60,16 @@ class ModelRegistryServiceStub:
                 request_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.UnloadModelRequest.SerializeToString,
                 response_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.UnloadModelResponse.FromString,
                 _registered_method=True)
+        self.ListCachedParts = channel.unary_unary(
+                '/shardlift.v1.ModelRegistryService/ListCachedParts',
+                request_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.ListCachedPartsRequest.SerializeToString,
+                response_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.ListCachedPartsResponse.FromString,
+                _registered_method=True)
+        self.ClearCachedParts = channel.unary_unary(
+                '/shardlift.v1.ModelRegistryService/ClearCachedParts',
+                request_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.ClearCachedPartsRequest.SerializeToString,
+                response_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.ClearCachedPartsResponse.FromString,
+                _registered_method=True)
 
 
 class ModelRegistryServiceServicer:
@@ -99,6 +109,20 @@ class ModelRegistryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListCachedParts(self, request, context):
+        """The quantized parts that the cluster's nodes keep for later loads.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ClearCachedParts(self, request, context):
+        """Removes them, on every node. Resident models stay.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelRegistryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -126,6 +150,16 @@ def add_ModelRegistryServiceServicer_to_server(servicer, server):
                     servicer.UnloadModel,
                     request_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.UnloadModelRequest.FromString,
                     response_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.UnloadModelResponse.SerializeToString,
+            ),
+            'ListCachedParts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCachedParts,
+                    request_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.ListCachedPartsRequest.FromString,
+                    response_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.ListCachedPartsResponse.SerializeToString,
+            ),
+            'ClearCachedParts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ClearCachedParts,
+                    request_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.ClearCachedPartsRequest.FromString,
+                    response_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.ClearCachedPartsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -264,6 +298,60 @@ class ModelRegistryService:
             '/shardlift.v1.ModelRegistryService/UnloadModel',
             shardlift_dot_proto_dot_v1_dot_registry__pb2.UnloadModelRequest.SerializeToString,
             shardlift_dot_proto_dot_v1_dot_registry__pb2.UnloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCachedParts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardlift.v1.ModelRegistryService/ListCachedParts',
+            shardlift_dot_proto_dot_v1_dot_registry__pb2.ListCachedPartsRequest.SerializeToString,
+            shardlift_dot_proto_dot_v1_dot_registry__pb2.ListCachedPartsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClearCachedParts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardlift.v1.ModelRegistryService/ClearCachedParts',
+            shardlift_dot_proto_dot_v1_dot_registry__pb2.ClearCachedPartsRequest.SerializeToString,
+            shardlift_dot_proto_dot_v1_dot_registry__pb2.ClearCachedPartsResponse.FromString,
             options,
             channel_credentials,
             insecure,

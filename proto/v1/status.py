@@ -26,6 +26,7 @@ _CODES: dict[type[errors.ShardliftError], int] = {
     errors.ModelNameTakenError: code_pb2.ALREADY_EXISTS,
     errors.ModelNotFoundError: code_pb2.NOT_FOUND,
     errors.ModelUnavailableError: code_pb2.UNAVAILABLE,
+    errors.WorkerDiedError: code_pb2.UNAVAILABLE,
     errors.LoadCancelledError: code_pb2.ABORTED,
     errors.AuthenticationError: code_pb2.UNAUTHENTICATED,
     errors.GatewayUnavailableError: code_pb2.UNAVAILABLE,

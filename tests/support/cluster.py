@@ -24,12 +24,14 @@ ADDRESSES = [f"127.0.0.{2 + index}" for index in range(NODES)]
 
 @dataclass(frozen=True)
 class RunningCluster:
-    """`gateway`: "host:port"; `ray_address`: of the GCS; `hf_home`: where a worker would keep Hub files."""
+    """`gateway`: "host:port"; `ray_address`: of the GCS; `hf_home`: where a worker would keep Hub files; `parts`: the
+    nodes' cache of quantized parts."""
 
     gateway: str
     ray_address: str
     hf_home: Path
     session_dir: Path
+    parts: Path
 
     def stage_workers(self) -> list[str]:
         """Names of the stage workers that Ray knows of."""
@@ -68,7 +70,12 @@ def running_cluster(home: Path, *, node_memory_bytes: int = 3 << 30) -> Iterator
     """Three nodes of one CPU each, and a gateway on a free port of 127.0.0.1."""
     hf_home = home / "hf"
     # What the nodes' processes inherit: they must find a Hub only where a request names one.
-    inherited = {"HF_HOME": str(hf_home), "HF_HUB_DISABLE_TELEMETRY": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    inherited = {
+        "HF_HOME": str(hf_home),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "SHARDLIFT_CACHE": str(home / "parts"),
+    }
     with _environment(inherited):
         cluster = Cluster(
             initialize_head=True,
@@ -81,7 +88,7 @@ def running_cluster(home: Path, *, node_memory_bytes: int = 3 << 30) -> Iterator
             cluster.wait_for_nodes()
             gateway = start_gateway(cluster.address, home)
             session_dir = Path(ray._private.worker._global_node.get_session_dir_path())
-            yield RunningCluster(gateway, cluster.address, hf_home, session_dir)
+            yield RunningCluster(gateway, cluster.address, hf_home, session_dir, home / "parts")
         finally:
             ray.shutdown()
             cluster.shutdown()

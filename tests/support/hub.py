@@ -672,6 +672,8 @@ class _Listener(ThreadingHTTPServer):
         # HTTPServer's own would ask DNS for the name of the address.
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.socket.getsockname()[:2]
+        if self.origin == "cdn" and self.server_name == "127.0.0.1":
+            self.server_name = "localhost"  # huggingface_hub 1.x sees another host only by its name, not by its port
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._lock:

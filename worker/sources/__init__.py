@@ -1,4 +1,4 @@
-"""Where a checkpoint's bytes come from: a folder, or the Hugging Face Hub, read by ranges."""
+"""Where a checkpoint's bytes come from: a folder, the Hugging Face Hub or an object store, read by ranges."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from ..records import HubToken, SourceSpec
 from .base import Cancel, Source
 from .folder import FolderSource
 from .hub import HubSource
+from .remote import RemoteSource
 
-__all__ = ["Cancel", "FolderSource", "HubSource", "Source", "open_source"]
+__all__ = ["Cancel", "FolderSource", "HubSource", "RemoteSource", "Source", "open_source"]
 
 
 def open_source(spec: SourceSpec, token: HubToken) -> Source:
@@ -20,6 +21,14 @@ def open_source(spec: SourceSpec, token: HubToken) -> Source:
             return FolderSource(Path(spec.location) / spec.subfolder)
         case "hub":
             return HubSource(
-                spec.location, spec.commit, subfolder=spec.subfolder, endpoint=spec.endpoint or None, token=token
+                spec.location,
+                spec.commit,
+                subfolder=spec.subfolder,
+                endpoint=spec.endpoint or None,
+                token=token,
+                cache_dir=spec.cache_dir,
+                is_cached_only=spec.is_cached_only,
             )
-    raise InvalidRequestError(f"no source of kind {spec.kind!r}: it is folder or hub")
+        case "url":
+            return RemoteSource(spec.location, subfolder=spec.subfolder)
+    raise InvalidRequestError(f"no source of kind {spec.kind!r}: it is folder, hub or url")

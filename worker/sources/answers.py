@@ -13,6 +13,7 @@ RETRY_AFTER_LIMIT_S = 300.0
 _CONTENT_RANGE = re.compile(r"bytes\s+(\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.IGNORECASE)
 _RATE_LIMIT = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d{1,9})")
 _QUERY = re.compile(r"(https?://[^\s'\"?]*)\?[^\s'\"]*")
+_USERINFO = re.compile(r"([a-z][a-z0-9+.-]*://)(?:[^\s'\"/?#@]*:[^\s'\"@]*|[^\s'\"/?#@]+)@", re.IGNORECASE)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -80,5 +81,5 @@ def origin(url: str) -> tuple[str, str, int] | None:
 
 
 def redact(text: str) -> str:
-    """Without the queries of its URLs: a signed URL's query is a secret."""
-    return _QUERY.sub(r"\1?…", text)
+    """Without what is secret in its URLs: a signed URL's query, and a name and password before the host."""
+    return _USERINFO.sub(r"\1…@", _QUERY.sub(r"\1?…", text))

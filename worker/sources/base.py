@@ -18,7 +18,7 @@ class Cancel:
     def __init__(self) -> None:
         self._event = threading.Event()
         self._lock = threading.Lock()
-        self._callbacks: list[Callable[[], None]] = []
+        self._callbacks: list[Callable[[], object]] = []
 
     @property
     def is_set(self) -> bool:
@@ -40,7 +40,7 @@ class Cancel:
             raise LoadCancelledError(f"reading {file} was cancelled")
 
     @contextmanager
-    def calling(self, callback: Callable[[], None]) -> Iterator[None]:
+    def calling(self, callback: Callable[[], object]) -> Iterator[None]:
         """While the context lasts, `set` calls `callback` too: what breaks off a read that blocks."""
         with self._lock:
             self._callbacks.append(callback)
@@ -72,6 +72,22 @@ class Source(Protocol):
             LoadCancelledError: `cancel` was set meanwhile.
             CheckpointNotFoundError, GatedCheckpointError, SourceError.
         """
+        ...
+
+    def verify(self, file: str, version: FileVersion) -> None:
+        """For after a file's last read: what was read was `version`.
+
+        Where each read checks by itself, there is nothing left to do.
+
+        Raises:
+            CorruptCheckpointError: the file is no longer `version`.
+            CheckpointNotFoundError, GatedCheckpointError, SourceError.
+        """
+        ...
+
+    @property
+    def link(self) -> str:
+        """What the bytes come over, for people: "s3://bucket", "the Hub (huggingface.co)". Holds no secret."""
         ...
 
     def close(self) -> None: ...

@@ -3,43 +3,49 @@
 The Hub names a file's version and where its bytes lie: for large files a signed URL on another origin (the "CDN"),
 which expires. The token goes to the Hub's own origin alone. The client is huggingface_hub's shared one, so its proxies
 and certificates hold; nothing here imports httpx, whose name differs between huggingface_hub's versions.
+
+A file of the commit that is whole in huggingface_hub's cache on this machine is read from there.
 """
 
 from __future__ import annotations
 
 import logging
-import random
 import socket
 import threading
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 from urllib.parse import urljoin
 
-from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url
+from huggingface_hub import constants, get_hf_file_metadata, get_session, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported, but not by `as`
 
 from ...proto.v1.errors import (
+    CheckpointError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     GatedCheckpointError,
     SourceError,
-    one_line,
 )
 from ..records import FileVersion, HubToken
 from . import answers
 from .base import Cancel, check_name, check_range
+from .disk import DiskReader
+from .hub_cache import CachedFile, HubCache
+from .patience import ATTEMPTS, Failure, Patience, Sleep, cause_of
 
 # HfHubHTTPError(HTTPError, OSError): httpx's base of all transport errors, by whichever name httpx goes. A RuntimeError
 # is what the shared client raises when huggingface_hub replaced it in this very moment.
 _HTTP_ERROR: type[Exception] = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
-_TRANSIENT = (_HTTP_ERROR, OSError, RuntimeError)
+TRANSIENT = (_HTTP_ERROR, OSError, RuntimeError)
 
-_PROGRESS_BYTES = 64 << 10  # a server that drops every connection after less than this makes no progress
+logger = logging.getLogger(__name__)
+
+_CACHE_ATTEMPTS = 2  # the network is there, too
 _REMEDY_TOKEN = "accept its terms on the Hub, and pass token=… or set HF_TOKEN to one that may read it"
 
 
@@ -53,14 +59,10 @@ class _Located:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Failure:
-    """Why one request didn't bring all bytes, though a later one may."""
+class _Failure(Failure):
+    """A request's: `is_stale` has the location asked for again."""
 
-    cause: str
-    wait_s: float | None = None  # what the server asked for
-    is_stale: bool = False  # the location is to be asked for again
     moved_to: str = ""
-    error: BaseException | None = None
 
 
 class HubSource:
@@ -70,6 +72,9 @@ class HubSource:
         token: as in huggingface_hub: None takes the one saved on this machine, if any.
         attempts: requests in a row that may fail, without a byte gained, before `SourceError`.
         connect_s, stall_s: limits on connecting, and on waiting for the next bytes.
+        cache_dir: the Hub's cache on this machine; "" for huggingface_hub's own.
+        is_cached_only: the Hub can't be asked: what `stat` doesn't find in the cache doesn't exist. Bytes are asked
+            for all the same where the cache lacks them: another machine's cache may hold less, and its network more.
         sleep: waits between attempts; by default a sleep that a `Cancel` ends.
     """
 
@@ -81,10 +86,12 @@ class HubSource:
         subfolder: str = "",
         endpoint: str | None = None,
         token: HubToken = None,
-        attempts: int = 6,
+        cache_dir: str = "",
+        is_cached_only: bool = False,
+        attempts: int = ATTEMPTS,
         connect_s: float = 10.0,
         stall_s: float = 20.0,
-        sleep: Callable[[float], None] | None = None,
+        sleep: Sleep | None = None,
     ) -> None:
         from ... import __version__
 
@@ -100,12 +107,44 @@ class HubSource:
         self._located: dict[str, _Located] = {}
         self._etags: dict[tuple[str, object], str] = {}  # by file and origin: a CDN's tags need not be the Hub's
         self._sockets = _Sockets()
+        self._is_cached_only = is_cached_only
+        self._cache = HubCache(
+            repo_id,
+            commit,
+            subfolder=subfolder,
+            cache_dir=cache_dir,
+            reader=DiskReader(attempts=min(attempts, _CACHE_ATTEMPTS), sleep=sleep),
+        )
+        self._cached: dict[str, CachedFile | None] = {}  # None: not there, or not to be believed
+        self._network_bytes = self._cache_bytes = 0
         _redact_logs()
 
     def __repr__(self) -> str:
         return f"HubSource({self._repo_id!r}, {self._commit!r})"
 
+    @property
+    def link(self) -> str:
+        """By what was read so far."""
+        host = self._hub_origin[1] if self._hub_origin is not None else "no address"
+        network, cache = f"the Hub ({host})", "the Hub's cache on this machine"
+        with self._lock:
+            if not self._cache_bytes:
+                return network
+            return f"{network} and its cache on this machine" if self._network_bytes else cache
+
     def stat(self, file: str) -> FileVersion:
+        cached = self._cache.find_whole(file)
+        if cached is not None and (cached.version.etag or self._is_offline):
+            return cached.version
+        if self._cache.lacks(file):
+            raise CheckpointNotFoundError(
+                f"{self._label(file)} does not exist, by the Hub's cache ({self._cache.folder}); check its name"
+            )
+        if self._is_offline and self._cache.has_snapshot():
+            raise CheckpointNotFoundError(
+                f"{self._label(file)} is not in the Hub's cache ({self._cache.folder}), and the Hub can't be asked: "
+                f"{'HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else 'it was out of reach'}"
+            )
         patience = self._patience(f"the size of {self._label(file)}", Cancel())
         located = self._resolve(file, patience)
         with self._lock:
@@ -117,6 +156,8 @@ class HubSource:
     ) -> None:
         check_range(file, start, len(buffer), version)
         end, cancel = start + len(buffer), cancel or Cancel()
+        if self._read_cached(file, start, buffer, version, cancel):
+            return
         patience = self._patience(f"bytes {start} to {end} of {self._label(file)}", cancel)
         located = None
         while start < end:
@@ -126,6 +167,8 @@ class HubSource:
             failure = self._get(file, located, start, buffer[len(buffer) - (end - start) :], flight)
             cancel.check(file)
             start += flight.received_bytes
+            with self._lock:
+                self._network_bytes += flight.received_bytes
             patience.gained(flight.received_bytes)
             if start < end:
                 assert failure is not None
@@ -134,8 +177,41 @@ class HubSource:
                     self._forget(file, stale)
                 patience.failed(failure)
 
+    def verify(self, file: str, version: FileVersion) -> None:
+        """Each answer has told its version, and a commit's files never change."""
+
     def close(self) -> None:
         """The client and its connections are huggingface_hub's, and stay."""
+
+    # -- the cache
+
+    @property
+    def _is_offline(self) -> bool:
+        return self._is_cached_only or constants.HF_HUB_OFFLINE
+
+    def _read_cached(self, file: str, start: int, buffer: memoryview, version: FileVersion, cancel: Cancel) -> bool:
+        """Fill the buffer from the cache; False if that isn't possible."""
+        with self._lock:
+            is_known, cached = file in self._cached, self._cached.get(file)
+        if not is_known:
+            cached = self._cache.find(file)
+            if cached is not None and not cached.version.is_same(version):
+                logger.info("%s is cached as %s; %s is fetched", self._label(file), cached.version, version)
+                cached = None
+            with self._lock:
+                self._cached[file] = cached
+        if cached is None or not cached.version.is_same(version):
+            return False
+        try:
+            self._cache.read_into(cached, start, buffer, cancel)
+        except (CheckpointError, SourceError) as error:
+            logger.warning("%s; it is fetched from the Hub instead", error)
+            with self._lock:
+                self._cached[file] = None
+            return False
+        with self._lock:
+            self._cache_bytes += len(buffer)
+        return True
 
     # -- where a file lies
 
@@ -152,7 +228,7 @@ class HubSource:
         folder = f"{self._subfolder}/" if self._subfolder else ""
         return f"{self._repo_id}@{self._commit[:12]}/{folder}{file}"
 
-    def _locate(self, file: str, version: FileVersion, patience: _Patience) -> _Located:
+    def _locate(self, file: str, version: FileVersion, patience: Patience) -> _Located:
         with self._lock:
             file_lock = self._file_locks[file]
         with file_lock:  # one thread asks, the others wait for its answer
@@ -162,7 +238,7 @@ class HubSource:
                 located = self._resolve(file, patience)
                 with self._lock:
                     self._located[file] = located
-        if located.version != version:
+        if not located.version.is_same(version):
             self._changed(file, f"{version} when the load began, {located.version} now")
         return located
 
@@ -181,7 +257,7 @@ class HubSource:
                 self._located[file] = located
         return located
 
-    def _resolve(self, file: str, patience: _Patience) -> _Located:
+    def _resolve(self, file: str, patience: Patience) -> _Located:
         """Ask the Hub for the file's version and location, as often as `patience` allows."""
         url = self._url(file)
         while True:
@@ -199,8 +275,8 @@ class HubSource:
                 raise SourceError(
                     f"{self._label(file)} can't be read with HF_HUB_OFFLINE set: unset it, or pass a local folder"
                 ) from error
-            except _TRANSIENT as error:
-                patience.failed(_Failure(cause=_cause(error), error=error))
+            except TRANSIENT as error:
+                patience.failed(_Failure(cause=cause_of(error, self._host(url)), error=error))
             else:
                 if metadata.size is None or not metadata.etag:
                     raise SourceError(
@@ -258,8 +334,8 @@ class HubSource:
                 for piece in response.iter_raw():
                     if not flight.store(buffer, piece):
                         return _Failure(cause="the server sent more bytes than asked")
-        except _TRANSIENT as error:
-            return _Failure(cause=_cause(error), error=error)
+        except TRANSIENT as error:
+            return _Failure(cause=cause_of(error, host[1]), error=error)
         if flight.received_bytes < len(buffer):
             return _Failure(cause="the answer ended early")
         return None
@@ -310,53 +386,17 @@ class HubSource:
             if etag != pinned:
                 self._changed(file, f"ETag {pinned[:80]} then, {etag[:80]} now")
 
-    def _patience(self, what: str, cancel: Cancel) -> _Patience:
-        sleep = cancel.wait if self._sleep is None else self._sleep
-        return _Patience(what, self._attempts, sleep, cancel)
+    def _patience(self, what: str, cancel: Cancel) -> Patience:
+        return Patience(what, self._attempts, sleep=self._sleep, cancel=cancel)
 
-
-# ---- retries ---------------------------------------------------------------------------------------------------------
-
-
-class _Patience:
-    """Counts failures since the last progress, and waits between attempts."""
-
-    def __init__(self, what: str, attempts: int, sleep: Callable[[float], object], cancel: Cancel) -> None:
-        self._what, self._attempts, self._sleep, self._cancel = what, attempts, sleep, cancel
-        self._failures = self._gained_bytes = 0
-
-    def check(self, file: str) -> None:
-        self._cancel.check(file)
-
-    def gained(self, byte_count: int) -> None:
-        self._gained_bytes += byte_count
-        if self._gained_bytes >= _PROGRESS_BYTES:
-            self._failures = self._gained_bytes = 0
-
-    def failed(self, failure: _Failure) -> None:
-        """Wait for the next attempt, or raise SourceError when there is none left."""
-        self._failures += 1
-        if self._failures >= self._attempts:
-            raise SourceError(
-                f"reading {self._what} failed {self._failures} times in a row, last: {failure.cause}; "
-                "check the network and the endpoint, then load again"
-            ) from failure.error
-        wait_s = failure.wait_s
-        if wait_s is None:
-            # A URL that has expired is no fault of the network: the first time, ask for a new one at once.
-            wait_s = (
-                0.0 if failure.is_stale and self._failures == 1 else answers.backoff_s(self._failures, random.random())
-            )
-        if wait_s > 0:
-            self._sleep(wait_s)
+    @staticmethod
+    def _host(url: str) -> str:
+        found = answers.origin(url)
+        return found[1] if found is not None else ""
 
 
 def _wait_s(headers: Mapping[str, str]) -> float | None:
     return answers.retry_after_s(headers, time.time())
-
-
-def _cause(error: BaseException) -> str:
-    return answers.redact(f"{type(error).__name__}: {one_line(error, 200)}")
 
 
 # ---- breaking off ----------------------------------------------------------------------------------------------------
