@@ -48,9 +48,11 @@ class AutoModelForCausalLM:
         adapter_kwargs: Mapping[str, Any] | None = None,
         name: str | None = None,
         address: str | None = None,
+        quantize_experts: bool = False,
         staging_budget: int | str | None = None,
         connections: int | None = None,
         part_cache: bool = True,
+        reserve_tokens: int | None = None,
         trace: str | os.PathLike[str] | None = None,
         progress: bool | None = None,
         **kwargs: Any,
@@ -66,9 +68,12 @@ class AutoModelForCausalLM:
             num_stages: how many stages; by default as many as the plan needs.
             dtype: a torch dtype, its name, or "auto" for the checkpoint's. `torch_dtype` is its older name.
             token: Hub token. By default this environment's, for a gateway on this machine alone; False for none.
+            quantize_experts: whether a mixture's experts, too, are quantized to 4 bits: each tensor by itself, where
+                transformers leaves them, merged, in 16 bits. Needs load_in_4bit.
             staging_budget: memory of each worker for bytes on their way: a number, or "512MiB", the default.
             connections: reads at a time of each worker; by default 4.
             part_cache: whether nodes may read, and keep, their quantized parts on disk.
+            reserve_tokens: tokens, of all sequences together, whose keys and values the plan leaves room for.
             trace: a file to write the timeline of the load to, in Chrome's trace format.
             name: the model's name in the registry; by default derived from the path.
             address: the gateway; else $SHARDLIFT_ADDRESS, else the local instance, which is started if need be.
@@ -84,6 +89,7 @@ class AutoModelForCausalLM:
             "token": token,
             "config": config,
             "quantization_config": quantization_config,
+            "quantize_experts": quantize_experts,
             "device_map": device_map,
             "max_memory": max_memory,
             "num_stages": num_stages,
@@ -98,6 +104,7 @@ class AutoModelForCausalLM:
             "staging_budget": staging_budget,
             "connections": connections,
             "part_cache": part_cache,
+            "reserve_tokens": reserve_tokens,
             "trace": trace,
             **kwargs,
         }

@@ -16,6 +16,7 @@ from . import channel, instance
 
 # For answers that come from the registry's memory, in seconds.
 CALL_TIMEOUT_S = 60.0
+_CLOSE_S = 3.0
 
 
 class Gateway:
@@ -51,7 +52,11 @@ class Gateway:
         """Ends the connection and whatever runs over it. Calling it again does nothing."""
         with self._lock:
             self._closed = True
-            self._channel.close()
+        # In a thread, for grpc waits for ever if Ctrl-C came while it was starting a call; what is then left of the
+        # connection ends with the process.
+        closing = threading.Thread(target=self._channel.close, name="close-channel", daemon=True)
+        closing.start()
+        closing.join(_CLOSE_S)
 
     def ask(self, method: str, request: Any, timeout_s: float | None = CALL_TIMEOUT_S) -> Any:
         """The registry's answer to `request`. Raises what the gateway raised."""

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from .values import ModuleResidency
 
-_LAYER = re.compile(r"(?<=\.)(\d+)(?=\.|$)")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleGroup:
-    """Modules that differ by the number of their layer alone: `name` holds "*" in its place, `layers` "0–14"."""
+    """Modules that differ by their layer's number (and their expert's) alone: `name` holds "*" for it, `layers` says
+    which: "0–14"."""
 
     name: str
     layers: str
@@ -27,9 +28,9 @@ def grouped(modules: Iterable[tuple[str, ModuleResidency]]) -> Iterator[ModuleGr
     """The modules of one stage, in their order; every byte is in one group."""
     groups: dict[tuple[str, str, str], list[tuple[int | None, int]]] = {}
     for name, held in modules:
-        found = _LAYER.search(name)
-        pattern = name if found is None else f"{name[: found.start()]}*{name[found.end() :]}"
-        layer = None if found is None else int(found[1])
+        found = _NUMBER.search(name)
+        pattern = _NUMBER.sub("*", name)
+        layer = None if found is None else int(found[0])
         groups.setdefault((pattern, held.dtype, held.device), []).append((layer, held.bytes))
     for (pattern, dtype, device), members in groups.items():
         layers = sorted({layer for layer, _ in members if layer is not None})

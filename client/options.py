@@ -83,6 +83,7 @@ def load_options(
     *,
     config: Any = None,
     quantization_config: Any = None,
+    quantize_experts: bool = False,
     device_map: Any = "auto",
     max_memory: Mapping[Any, Any] | None = None,
     num_stages: int | None = None,
@@ -93,6 +94,8 @@ def load_options(
     connections: int | None = None,
     part_cache: bool = True,
     trace: bool = False,
+    reserve_tokens: int | None = None,
+    link_speed: str | None = None,
     **kwargs: Any,
 ) -> registry_pb2.LoadOptions:
     """How to load. `kwargs` are what transformers still takes by older names, and attributes of the config.
@@ -111,8 +114,11 @@ def load_options(
         max_memory=_max_memory(max_memory),
         staging_budget=_size(staging_budget, "staging_budget"),
         connections=_count(connections, "connections"),
+        quantize_experts=quantize_experts,
         without_cache=not part_cache,
         trace=trace,
+        reserve_tokens=_count(reserve_tokens, "reserve_tokens") if reserve_tokens else 0,
+        link_speed=link_speed or "",
     )
     quantization = _quantization(quantization_config, kwargs)
     if quantization is not None:

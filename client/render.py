@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
 from .modules import grouped
-from .summary import duration, load_summary, rate, size
+from .summary import duration, load_prediction, load_summary, memory_bar, rate, size
 from .values import CachedPart, LoadEvent, LoadStarted, LoadWarning, ModelInfo, Plan, StagePlaced, StageProgress
 
 if TYPE_CHECKING:
@@ -23,9 +23,11 @@ _UNBOUNDED_COLUMNS = 200
 
 
 def show_plan(plan: Plan) -> None:
-    """Prints the stages of `plan` and its totals."""
+    """Prints the stages of `plan`, how full their devices are, its totals, and what a load will take."""
     table = _table(f"{plan.model} ({plan.quantization})")
-    _columns(table, "stage", "node", "device", right=("layers", "resident", "fetch", "KV/token"))
+    _columns(table, "stage", "node", "device", right=("layers", "resident"))
+    table.add_column("of its device", no_wrap=True)
+    _columns(table, right=("fetch", "KV/token"))
     for stage in plan.stages:
         table.add_row(
             str(stage.index),
@@ -33,13 +35,17 @@ def show_plan(plan: Plan) -> None:
             stage.device,
             f"{stage.first_layer}–{stage.last_layer}",
             size(stage.resident_bytes),
+            memory_bar(stage),
             size(stage.fetch_bytes),
             size(stage.kv_bytes_per_token),
         )
     table.add_section()
     kv_bytes = sum(stage.kv_bytes_per_token for stage in plan.stages)
-    table.add_row("total", "", "", "", size(plan.total_resident_bytes), size(plan.total_fetch_bytes), size(kv_bytes))
+    totals = (size(plan.total_resident_bytes), "", size(plan.total_fetch_bytes), size(kv_bytes))
+    table.add_row("total", "", "", "", *totals)
     _print(table)
+    for line in load_prediction(plan):
+        print(line)
 
 
 def show_model(info: ModelInfo) -> None:

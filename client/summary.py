@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .values import ModelInfo, StageResidency
+from .values import ModelInfo, Plan, StagePlan, StageResidency
+
+_BAR = 10  # characters
 
 # What a person calls the phases of a load; {link} is what the bytes came over.
 _WORK = {
@@ -32,6 +34,29 @@ def load_summary(info: ModelInfo) -> list[str]:
         "starting workers",
         f"bottleneck: {_bottleneck(slowest)}",
     ]
+
+
+def load_prediction(plan: Plan) -> list[str]:
+    """What a load will take, and why; nothing where no speed is known."""
+    if not plan.predicted_load_seconds:
+        return []
+    stage = plan.stages[plan.load_bottleneck_stage]
+    if plan.load_bottleneck == "link":
+        how = "as last measured" if plan.link_is_measured else "as given"
+        why = f"the link to node {stage.node}, at {rate(plan.link_bytes_per_second)} {how}"
+    else:
+        why = f"converting and quantizing on {stage.place}, as last measured"
+    return [f"about {duration(plan.predicted_load_seconds)} to load; bottleneck: stage {stage.index}, {why}"]
+
+
+def memory_bar(stage: StagePlan) -> str:
+    """How full a stage makes its device: "████▒░░░░░  45 %"; weights, then what is kept free for their use."""
+    if not stage.capacity_bytes:
+        return "–"
+    used = stage.resident_bytes / stage.capacity_bytes
+    kept = (stage.resident_bytes + stage.workspace_bytes + stage.kv_bytes) / stage.capacity_bytes
+    full, upto = (min(_BAR, max(1, round(_BAR * part))) for part in (used, kept))
+    return f"{'█' * full}{'▒' * (upto - full)}{'░' * (_BAR - upto)} {100 * kept:3.0f} %"
 
 
 def _bottleneck(stage: StageResidency) -> str:

@@ -23,8 +23,7 @@ class TraceFile:
         except OSError as error:
             raise InvalidRequestError(f"the trace can't be written to {os.fspath(path)!r}: {error.strerror}") from None
         self._file.write(b'{"displayTimeUnit":"ms","traceEvents":[')
-        self._events = False
-        self._inside = False
+        self._events = self._inside = self._needs_comma = False
 
     def __enter__(self) -> TraceFile:
         return self
@@ -44,10 +43,14 @@ class TraceFile:
         text = piece.json
         if not self._inside:
             text = text[1:]
-            if self._events and text != b"]":
-                self._file.write(b",\n")
+            self._needs_comma = self._events
         self._inside = not piece.last
         if piece.last:
             text = text[:-1]
-        self._events = self._events or bool(text)
+        if not text:
+            return
+        if self._needs_comma:
+            self._file.write(b",\n")
+            self._needs_comma = False
+        self._events = True
         self._file.write(text)

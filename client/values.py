@@ -6,7 +6,6 @@ Sizes are bytes. `from_proto` reads the wire's form, `to_dict` gives the form th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +26,9 @@ class StagePlan:
     kv_bytes_per_token: int
     capacity_bytes: int = 0  # what the plan may use on the device; 0 when unknown
     modules: tuple[str, ...] = ()
+    workspace_bytes: int = 0  # beside the weights: for activations and scratch
+    kv_bytes: int = 0  # beside them: for keys and values of the tokens reserved
+    predicted_load_seconds: float = 0.0  # 0 when no speed is known
 
     @property
     def place(self) -> str:
@@ -42,12 +44,30 @@ class StagePlan:
             "resident_bytes": self.resident_bytes,
             "fetch_bytes": self.fetch_bytes,
             "kv_bytes_per_token": self.kv_bytes_per_token,
+            "capacity_bytes": self.capacity_bytes,
+            "workspace_bytes": self.workspace_bytes,
+            "kv_bytes": self.kv_bytes,
+            "predicted_load_seconds": self.predicted_load_seconds or None,
         }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceCapacity:
+    """A device that a plan could choose. `capacity_bytes`: what may be used of it; 0 where something else holds it."""
+
+    node: str
+    device: str
+    capacity_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Which layers go where, and how many bytes that takes."""
+    """Which layers go where, and how many bytes that takes.
+
+    predicted_load_seconds: until all stages are resident, once their workers are there; 0 when no speed is known.
+    load_bottleneck: "link" or "conversion", of the stage `load_bottleneck_stage`. link_bytes_per_second: from the
+    source to one node, as given, or as an earlier load has measured it.
+    """
 
     model: str
     quantization: str
@@ -56,6 +76,12 @@ class Plan:
     stages: tuple[StagePlan, ...]
     dtype: str = ""
     commit: str = ""
+    devices: tuple[DeviceCapacity, ...] = ()
+    predicted_load_seconds: float = 0.0
+    load_bottleneck: str = ""
+    load_bottleneck_stage: int = 0
+    link_bytes_per_second: float = 0.0
+    link_is_measured: bool = False
 
     @classmethod
     def from_proto(cls, plan: registry_pb2.Plan) -> Plan:
@@ -76,34 +102,23 @@ class Plan:
                     kv_bytes_per_token=stage.kv_bytes_per_token,
                     capacity_bytes=stage.capacity_bytes,
                     modules=tuple(stage.modules),
+                    workspace_bytes=stage.workspace_bytes,
+                    kv_bytes=stage.kv_bytes,
+                    predicted_load_seconds=stage.predicted_load_seconds,
                 )
                 for stage in plan.stages
             ),
             dtype=plan.dtype,
             commit=plan.commit,
-        )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
-        """The plan that `to_dict` gave. Raises KeyError, ValueError or TypeError for anything else."""
-        return cls(
-            model=str(values["model"]),
-            quantization=str(values["quantization"]),
-            total_resident_bytes=int(values["total_resident_bytes"]),
-            total_fetch_bytes=int(values["total_fetch_bytes"]),
-            stages=tuple(
-                StagePlan(
-                    index=int(stage["index"]),
-                    node=str(stage["node"]),
-                    device=str(stage["device"]),
-                    first_layer=int(stage["layers"][0]),
-                    last_layer=int(stage["layers"][1]),
-                    resident_bytes=int(stage["resident_bytes"]),
-                    fetch_bytes=int(stage["fetch_bytes"]),
-                    kv_bytes_per_token=int(stage["kv_bytes_per_token"]),
-                )
-                for stage in values["stages"]
+            devices=tuple(
+                DeviceCapacity(node=device.node, device=device.device, capacity_bytes=device.capacity_bytes)
+                for device in plan.devices
             ),
+            predicted_load_seconds=plan.predicted_load_seconds,
+            load_bottleneck=plan.load_bottleneck,
+            load_bottleneck_stage=plan.load_bottleneck_stage,
+            link_bytes_per_second=plan.link_bytes_per_second,
+            link_is_measured=plan.link_is_measured,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,6 +128,9 @@ class Plan:
             "total_resident_bytes": self.total_resident_bytes,
             "total_fetch_bytes": self.total_fetch_bytes,
             "stages": [stage.to_dict() for stage in self.stages],
+            "predicted_load_seconds": self.predicted_load_seconds or None,
+            "load_bottleneck": self.load_bottleneck or None,
+            "link_bytes_per_second": self.link_bytes_per_second or None,
         }
 
 

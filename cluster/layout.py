@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from ..proto.v1.errors import InvalidRequestError, TensorMismatchError, UnsupportedModelError
@@ -15,8 +16,9 @@ from ..worker.records import DTYPES, TensorRecord
 from ..worker.skeleton import KeyMap, ParameterInfo, Skeleton, build_skeleton, parse_config, unmatched_keys
 from ..worker.tensors import dtype_by_name, dtype_name
 from .plan import ModelOutline
-from .sizes import ITEM_BYTES, Item, Storage, parameter_bytes, sum_up
+from .sizes import ITEM_BYTES, Item, ModelSizes, Storage, in_4bit, parameter_bytes, sum_up
 
+_CHUNK_TOKENS = 512  # of a prompt, at a time
 _MODEL_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -65,6 +67,7 @@ def lay_out(
     dtype: str,
     quantization: Mapping[str, Any] | None,
     attn_implementation: str | None,
+    quantize_experts: bool = False,
 ) -> Layout:
     """Raises UnsupportedModelError, InvalidRequestError, and TensorMismatchError for tensors that the model lacks,
     has too many, or wants in another shape."""
@@ -76,7 +79,11 @@ def lay_out(
         )
     parsed = parse_config(config)
     skeleton = build_skeleton(
-        parsed, dtype=dtype_by_name(dtype), quantization=quantization, attn_implementation=attn_implementation
+        parsed,
+        dtype=dtype_by_name(dtype),
+        quantization=quantization,
+        attn_implementation=attn_implementation,
+        quantize_experts=quantize_experts,
     )
     targets = _match(skeleton, records)
     fetch: dict[str, int] = {}
@@ -89,9 +96,11 @@ def lay_out(
             place=place_of(info.name, anatomy),
             resident_bytes=parameter_bytes(info.shape, _storage(info, skeleton)),
             fetch_bytes=fetch.get(info.name, 0),
+            packed_shape=info.shape if _could_be_4bit(info, anatomy) else None,
         )
         for info in skeleton.parameters()
     ]
+    workspace_bytes = _workspace_bytes(skeleton)
     known = {item.name for item in items}
     # A tied weight that the file holds all the same is fetched, compared with the other, and then shared.
     items += [
@@ -100,19 +109,58 @@ def lay_out(
         if name not in known
     ]
     itemsize = ITEM_BYTES[dtype_name(skeleton.dtype)]
-    outline = ModelOutline(
-        sizes=sum_up(
-            items,
+
+    def summed(parts: list[Item]) -> ModelSizes:
+        return sum_up(
+            parts,
             skeleton.num_layers,
             tied=skeleton.head_is_tied,
             kv_bytes_per_token=tuple(elements * itemsize for elements in skeleton.kv_elements_per_token()),
-        ),
+            workspace_bytes=workspace_bytes,
+        )
+
+    outline = ModelOutline(
+        sizes=summed(items),
+        lighter=tuple((option, summed(in_4bit(items, double=double))) for option, double in _lighter(quantization)),
         modules=tuple((name, place_of(name, anatomy)) for name in skeleton.module_names()),
         tied=skeleton.head_is_tied,
         quantization=describe_quantization(quantization),
         dtype=dtype_name(skeleton.dtype),
     )
     return Layout(outline=outline, targets=targets, anatomy=anatomy)
+
+
+def _could_be_4bit(info: ParameterInfo, anatomy: Any) -> bool:
+    """Whether 4-bit quantization packs it, or would: the layers' matrices, as transformers chooses them by default."""
+    if info.quantized:
+        return info.quantized == "4bit"
+    is_matrix = len(info.shape) == 2 and info.name.endswith(".weight")
+    return is_matrix and place_of(info.name, anatomy).part == "layer"
+
+
+def _lighter(quantization: Mapping[str, Any] | None) -> list[tuple[str, bool]]:
+    """What a user could write to make the model lighter than it is, and whether that is double quantization."""
+    if not quantization:
+        return [("load_in_4bit=True", False), ("load_in_4bit=True, bnb_4bit_use_double_quant=True", True)]
+    if quantization.get("load_in_4bit") and not quantization.get("bnb_4bit_use_double_quant"):
+        return [("bnb_4bit_use_double_quant=True", True)]
+    return []
+
+
+def _workspace_bytes(skeleton: Skeleton) -> int:
+    """What a stage needs while it computes: activations of one chunk of a prompt, and, for a chunk, the largest 4-bit
+    weight as it is multiplied with, since bitsandbytes unpacks it whole."""
+    config = skeleton.model.config.get_text_config(decoder=True)
+    hidden = config.hidden_size
+    inner = max(getattr(config, "intermediate_size", None) or 0, getattr(config, "n_inner", None) or 0, 4 * hidden)
+    item = ITEM_BYTES[dtype_name(skeleton.dtype)]
+    # The residual stream, queries, keys and values, and both halves of a gated inner layer.
+    activations = _CHUNK_TOKENS * (4 * hidden + 2 * inner) * item
+    packed = [prod(info.shape) for info in skeleton.parameters() if info.quantized == "4bit"]
+    if not packed:
+        return activations
+    unpacked = ITEM_BYTES[dtype_name(skeleton.quantizer.quantization_config.bnb_4bit_compute_dtype)]
+    return activations + max(packed) * unpacked
 
 
 def describe_quantization(quantization: Mapping[str, Any] | None) -> str:
@@ -149,6 +197,11 @@ def _match(skeleton: Skeleton, records: Mapping[str, TensorRecord]) -> dict[str,
     for key, record in records.items():
         target, pattern = key_map(key)
         if target not in key_map:
+            if skeleton.is_separate(target):
+                raise InvalidRequestError(
+                    f"tensor {key} holds the experts of a layer in one, which can't be quantized by experts: "
+                    "leave quantize_experts out"
+                )
             unexpected.add(key)
             continue
         targets[key] = target

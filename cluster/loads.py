@@ -124,9 +124,9 @@ async def join_ring(workers: Sequence[Any], addresses: Sequence[str]) -> None:
 
 
 async def actual_device(worker: Any, index: int, planned: str) -> str:
-    """Ray chooses among a node's GPUs; the map tells which one it was."""
+    """What the worker has, as it counts it; CPU workers share a node, and know of no number."""
     actual = str(await call(worker.device.remote(), f"stage {index}"))
-    return actual if actual.startswith("cuda") else planned
+    return actual if ":" in actual else planned
 
 
 def residency(index: int, report: LoadReport) -> registry_pb2.StageResidency:

@@ -10,7 +10,7 @@ import json
 import sys
 from typing import Any
 
-from google.protobuf.json_format import ParseDict
+from google.protobuf.json_format import MessageToDict, ParseDict
 
 from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import InternalError
@@ -21,7 +21,7 @@ from .planning import plan_model
 
 
 def plan_json(request: dict[str, Any]) -> dict[str, Any]:
-    """The plan in the form of `shardlift plan --json`."""
+    """A `Plan` message in protobuf's JSON form."""
     source = ParseDict(request["source"], registry_pb2.ModelSource())
     options = ParseDict(request["options"], registry_pb2.LoadOptions())
     devices = request["devices"]
@@ -32,25 +32,9 @@ def plan_json(request: dict[str, Any]) -> dict[str, Any]:
         requests.plan_options(options),
         parse_devices(devices) if isinstance(devices, str) else parse_topology(devices),
     )
-    plan = planned.plan.to_message()
-    return {
-        "model": plan.model,
-        "quantization": plan.quantization,
-        "total_resident_bytes": plan.total_resident_bytes,
-        "total_fetch_bytes": plan.total_fetch_bytes,
-        "stages": [
-            {
-                "index": stage.index,
-                "node": stage.node,
-                "device": stage.device,
-                "layers": [stage.first_layer, stage.last_layer],
-                "resident_bytes": stage.resident_bytes,
-                "fetch_bytes": stage.fetch_bytes,
-                "kv_bytes_per_token": stage.kv_bytes_per_token,
-            }
-            for stage in plan.stages
-        ],
-    }
+    plan = planned.plan.to_message(requests.given_speeds(options))
+    answer: dict[str, Any] = MessageToDict(plan, preserving_proto_field_name=True)
+    return answer
 
 
 def main() -> int:

@@ -1,158 +1,142 @@
-"""Which layers go to which device: contiguous runs over ordered devices, smallest fullest stage first. Pure, exact."""
+"""Which layers go to which device: contiguous runs over ordered devices. Pure, exact, deterministic.
+
+A stage takes as long as its device needs to read its weights: bytes / speed. A cut is within memory where each stage's
+weights, workspace and reserved keys and values fit into its device. Of those, the best one has, in this order,
+
+1. the least time of the slowest stage, which is what a pipeline's rate comes down to;
+2. the fewest crossings between nodes: each costs every token the way over the network, and is one more way to fail;
+3. the most devices in use, for room and for small stages. Not before 2: a device that can't make the slowest stage
+   faster isn't worth a crossing, and may serve another model; within a node it costs next to nothing;
+4. the most even load (`spread.Evenness`), on the faster and roomier devices, so that room is left for keys and values;
+5. the earliest ends, stage by stage, on the earliest devices: there is one best cut, always the same.
+
+Another device, or more memory, never makes it worse in 1 to 3: the cut of before is still there to be chosen.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
-from ..proto.v1.errors import OutOfMemoryError
-from ..worker.byte_sizes import format_size
+from .blocks import Blocks, into_blocks
 from .devices import Device
+from .refusal import Circumstances, does_not_fit
 from .sizes import ModelSizes
+from .slowest import Choice, fill, least_limits, ways
+from .spread import best_cut
 
 # Layers `[first, end)` of each stage, in order.
 Runs = list[tuple[int, int]]
-_NONE = -1
+
+
+def fit(
+    sizes: ModelSizes,
+    devices: Sequence[Device],
+    *,
+    num_stages: int = 0,
+    circumstances: Circumstances = Circumstances(),  # noqa: B008 -- frozen
+) -> tuple[list[Device], Runs]:
+    """The best cut over those of `devices` (in their order) that it takes; in `num_stages` stages, where that isn't 0.
+
+    Raises OutOfMemoryError.
+    """
+    blocks = into_blocks(sizes, circumstances.reserve_tokens)
+    chosen = _best(blocks, devices, num_stages)
+    if chosen is None:
+        raise does_not_fit(sizes, devices, circumstances, num_stages)
+    return [devices[index] for index, _ in chosen], [blocks.layers(*run) for _, run in chosen]
 
 
 def balanced(sizes: ModelSizes, devices: Sequence[Device]) -> Runs:
-    """The cut over all of `devices` (in their order) whose fullest stage holds the fewest bytes, within each memory.
+    """The best cut with a run for each of `devices`, of at least one layer: where there are fewer runs to be had than
+    devices, the first ones are used. Raises OutOfMemoryError."""
+    count = into_blocks(sizes).count
+    _, runs = fit(sizes, devices[:count], num_stages=min(count, len(devices)))
+    return runs
 
-    One run for each device, of at least one layer: where there are fewer layers than devices, the first ones are used.
-    Of the cuts with the same fullest stage, the one whose stages differ the least (by the sum of their squares); of
-    those, the one that ends its stages earliest. Raises OutOfMemoryError.
+
+def sparing_first(
+    sizes: ModelSizes,
+    devices: Sequence[Device],
+    *,
+    num_stages: int = 0,
+    circumstances: Circumstances = Circumstances(),  # noqa: B008 -- frozen
+) -> tuple[list[Device], Runs]:
+    """As `fit`, with as little on the first device as the others allow: nothing, or else the fewest layers.
+
+    It is accelerate's "balanced_low_0" (`get_balanced_memory`): the first device gets what the others can't hold.
+    Raises OutOfMemoryError.
     """
-    chosen = _cut(sizes, devices[: len(sizes.layers)], may_skip=False)
+    first, others = devices[0], devices[1:]
+    blocks = into_blocks(sizes, circumstances.reserve_tokens)
+    spared = _best(blocks, others, num_stages) if others else None
+    if spared is not None:
+        return [others[index] for index, _ in spared], [blocks.layers(*run) for _, run in spared]
+    most = blocks.needed.reach(0, first.capacity_bytes) if others and num_stages != 1 else 0
+    for layer in blocks.edges[1 : min(most + 1, blocks.count)]:
+        rest = into_blocks(sizes.from_layer(layer), circumstances.reserve_tokens)
+        chosen = _best(rest, others, max(num_stages - 1, 0), node=first.node)
+        if chosen is not None:
+            runs = [rest.layers(*run) for _, run in chosen]
+            return (
+                [first, *(others[index] for index, _ in chosen)],
+                [(0, layer), *((layer + begin, layer + end) for begin, end in runs)],
+            )
+    return fit(sizes, devices, num_stages=num_stages, circumstances=circumstances)
+
+
+def sequential(
+    sizes: ModelSizes,
+    devices: Sequence[Device],
+    *,
+    num_stages: int = 0,
+    circumstances: Circumstances = Circumstances(),  # noqa: B008 -- frozen
+) -> tuple[list[Device], Runs]:
+    """Fills each device before the next one is used; where `num_stages` isn't 0, as far as leads to so many stages.
+
+    Raises OutOfMemoryError.
+    """
+    blocks = into_blocks(sizes, circumstances.reserve_tokens)
+    chosen = _filled(blocks, devices, num_stages) if num_stages else _filled_up(blocks, devices)
     if chosen is None:
-        raise does_not_fit(sizes, devices)
-    return [run for _, run in chosen]
+        raise does_not_fit(sizes, devices, circumstances, num_stages)
+    return [devices[index] for index, _ in chosen], [blocks.layers(*run) for _, run in chosen]
 
 
-def fit(sizes: ModelSizes, devices: Sequence[Device]) -> tuple[list[Device], Runs]:
-    """As `balanced`, over those of `devices` (in their order) that make the fullest stage smallest, and as many of
-    them as that allows: a device is left out where it is too small, or would make another one fuller.
-
-    So another device, or more memory, never makes the fullest stage larger. Raises OutOfMemoryError.
-    """
-    chosen = _cut(sizes, devices, may_skip=True)
-    if chosen is None:
-        raise does_not_fit(sizes, devices)
-    return [devices[index] for index, _ in chosen], [run for _, run in chosen]
+def _best(blocks: Blocks, devices: Sequence[Device], num_stages: int, node: str | None = None) -> list[Choice] | None:
+    """None where nothing fits. node: of a stage before the first."""
+    limits = least_limits(blocks, devices, num_stages)
+    return None if limits is None else best_cut(blocks, devices, limits, num_stages, node)
 
 
-def sequential(sizes: ModelSizes, devices: Sequence[Device]) -> tuple[list[Device], Runs]:
-    """Fills each device before the next one is used. Raises OutOfMemoryError."""
-    chosen: list[Device] = []
-    runs: Runs = []
-    first, layers = 0, len(sizes.layers)
-    for device in devices:
-        end = first
-        while end < layers and sizes.stage(first, end + 1)[0] <= device.capacity_bytes:
-            end += 1
-        if end == first:
-            continue
-        chosen.append(device)
-        runs.append((first, end))
-        first = end
-        if first == layers:
-            return chosen, runs
-    raise does_not_fit(sizes, devices)
+def _filled_up(blocks: Blocks, devices: Sequence[Device]) -> list[Choice] | None:
+    chosen = fill(blocks, devices)
+    return chosen if chosen and chosen[-1][1][1] == blocks.count else None
 
 
-def _cut(sizes: ModelSizes, devices: Sequence[Device], *, may_skip: bool) -> list[tuple[int, tuple[int, int]]] | None:
-    """Index of a device and its run, in order; None where nothing fits.
-
-    Two passes from device to device: the smallest possible maximum first, then the best cut that keeps to it. Longer
-    runs are heavier, so each search ends where it can't improve any more.
-    """
-    layers, count = len(sizes.layers), len(devices)
-    resident = _resident(sizes)
-
-    def choices(index: int) -> Iterator[tuple[int, range]]:
-        """Where the stage on a device may end, and begin: where each must have one, with a layer left to each other."""
-        before, after = (0, 0) if may_skip else (index, count - index - 1)
-        for end in range(before + 1, layers - after + 1):
-            yield end, range(end - 1, before - 1, -1)
-
-    # fullest[end]: the smallest maximum over the stages so far, when they cover layers [0, end).
-    fullest: list[int | None] = [0] + [None] * layers
-    for index, device in enumerate(devices):
-        row: list[int | None] = list(fullest) if may_skip else [None] * (layers + 1)
-        for end, firsts in choices(index):
-            best = row[end]
-            for first in firsts:
-                here = resident(first, end)
-                if here > device.capacity_bytes or (best is not None and here >= best):
-                    break
-                before = fullest[first]
-                if before is not None and (best is None or max(before, here) < best):
-                    best = max(before, here)
-            row[end] = best
-        fullest = row
-    limit = fullest[layers]
-    if limit is None:
+def _filled(blocks: Blocks, devices: Sequence[Device], num_stages: int) -> list[Choice] | None:
+    """As `_filled_up`, in so many stages: each goes as far as the later devices can take the rest in what is left."""
+    if num_stages > min(blocks.count, len(devices)):
         return None
+    reaches = blocks.needed.reaches([device.capacity_bytes for device in devices])
+    later = [way.copy() for way in ways(reaches, num_stages)][-2::-1]
+    most_spare = blocks.count - num_stages
 
-    # score[end]: devices left idle, then the sum of squares; begins[index][end]: where that device's stage begins.
-    score: list[tuple[int, int] | None] = [(0, 0)] + [None] * layers
-    begins: list[list[int]] = []
-    for index, device in enumerate(devices):
-        capacity = min(limit, device.capacity_bytes)
-        next_score: list[tuple[int, int] | None] = [None] * (layers + 1)
-        begin = [_NONE] * (layers + 1)
-        if may_skip:
-            next_score = [None if known is None else (known[0] + 1, known[1]) for known in score]
-        for end, firsts in choices(index):
-            for first in firsts:
-                here = resident(first, end)
-                if here > capacity:
-                    break
-                known = score[first]
-                if known is None:
-                    continue
-                value = (known[0], known[1] + here * here)
-                best_score = next_score[end]
-                if best_score is None or value < best_score or (value == best_score and begin[end] != _NONE):
-                    next_score[end], begin[end] = value, first
-        score = next_score
-        begins.append(begin)
+    def leads_on(index: int, end: int, left: int) -> bool:
+        """Whether the devices after this one can take the blocks from `end` on in `left` stages."""
+        if not left:
+            return end == blocks.count
+        spare = end - (num_stages - left)
+        return index < len(later) and 0 <= spare <= most_spare and bool(later[index][left - 1, spare])
 
-    chosen = []
-    end = layers
-    for index in reversed(range(count)):
-        first = begins[index][end]
-        if first != _NONE:
+    chosen: list[Choice] = []
+    first = 0
+    for index in range(len(devices)):
+        left = num_stages - len(chosen) - 1
+        ends = range(int(reaches[index, first]), first, -1)
+        end = next((end for end in ends if leads_on(index, end, left)), None)
+        if end is not None:
             chosen.append((index, (first, end)))
-            end = first
-    assert end == 0
-    return chosen[::-1]
-
-
-def _resident(sizes: ModelSizes) -> Callable[[int, int], int]:
-    """`sizes.stage(first, end)[0]` in constant time."""
-    layers = len(sizes.layers)
-    prefix = [0]
-    for layer_bytes, _ in sizes.layers:
-        prefix.append(prefix[-1] + layer_bytes)
-
-    def resident(first: int, end: int) -> int:
-        total = prefix[end] - prefix[first] + sizes.shared[0]
-        if first == 0:
-            total += sizes.first[0]
-        if end == layers:
-            total += sizes.last[0] + (sizes.tied[0] if first else 0)
-        return total
-
-    return resident
-
-
-def does_not_fit(sizes: ModelSizes, devices: Sequence[Device]) -> OutOfMemoryError:
-    needed, _ = sizes.stage(0, len(sizes.layers))
-    there = sum(device.capacity_bytes for device in devices)
-    largest = max(devices, key=lambda device: device.capacity_bytes)
-    layer = max(range(len(sizes.layers)), key=lambda index: sizes.layers[index][0])
-    needs = f"{format_size(needed)} resident (its largest layer, {layer}, {format_size(sizes.layers[layer][0])}"
-    ends = f"first and last stage {format_size(sizes.first[0])} and {format_size(sizes.last[0] + sizes.tied[0])} more)"
-    return OutOfMemoryError(
-        f"the model needs {needs}, {ends}, but {len(devices)} device(s) give {format_size(there)}, the largest "
-        f"({largest.path}) {format_size(largest.capacity_bytes)}: quantize to 4 bits, raise max_memory, or add devices"
-    )
+            first = end
+        if first == blocks.count:
+            return chosen
+    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ..proto.v1.errors import ModelUnavailableError, OutOfMemoryError, ShardliftError, WorkerDiedError, one_line
 from ..worker.actor import StageWorker
 from ..worker.spec import StageSpec
+from . import gpu_ids
 from .plan import Plan, PlannedStage
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class Placement:
     load_id: str
     group: PlacementGroup | None = None
     workers: list[Any] = field(default_factory=list)
+    bundles: list[int] = field(default_factory=list)  # of the group, for each stage; only while it loads
     _freeing: asyncio.Future[None] | None = None
 
     async def free(self) -> None:
@@ -74,21 +77,34 @@ class Placement:
                 ray.kill(worker, no_restart=True)
         if self.group is not None:
             try:
-                await _blocking(remove_placement_group, self.group)
-                # The nodes have their resources back only once the group is really gone.
-                for _ in range(50):
-                    if (await _blocking(placement_group_table, self.group)).get("state") in (None, "REMOVED"):
-                        break
-                    await asyncio.sleep(0.1)
+                await _remove(self.group)
             except Exception as error:
                 logger.warning("the placement group of %s may be left: %s", self.model, one_line(error, 200))
 
 
 async def place(plan: Plan, specs: Sequence[StageSpec], card: bytes, placement: Placement) -> None:
-    """Starts a worker for each spec where the plan wants it; `placement` is filled as things come to be.
+    """Starts a worker for each spec on the very node and device of the plan; `placement` is filled as things come to
+    be.
 
     Raises OutOfMemoryError when the cluster no longer has what the plan counted on.
     """
+    await _set_aside(plan, placement)
+    placement.bundles = list(range(len(plan.stages)))
+    gpus = await _blocking(_gpus_of_nodes)
+    of_node: dict[str, list[int]] = {}
+    for index, stage in enumerate(plan.stages):
+        if stage.device.slots and gpus[stage.device.node_id] > 1:
+            of_node.setdefault(stage.device.node_id, []).append(index)
+    for node_id, stages in of_node.items():
+        await _match(plan, placement, node_id, stages, gpus[node_id])
+    assert placement.group is not None
+    for stage, spec in zip(plan.stages, specs, strict=True):
+        bundle = placement.bundles[spec.index]
+        placement.workers.append(_start(placement.group, bundle, stage, spec, card))
+
+
+async def _set_aside(plan: Plan, placement: Placement) -> None:
+    """A placement group with a bundle for each stage, on its node."""
     placement.group = placement_group(
         [_bundle(stage) for stage in plan.stages],
         strategy="PACK",
@@ -101,8 +117,29 @@ async def place(plan: Plan, specs: Sequence[StageSpec], card: bytes, placement: 
             f"Ray could not set {len(plan.stages)} devices aside for {placement.model} in {_PLACE_TIMEOUT_S:.0f} s: "
             "something else holds them; unload a model, or load with fewer stages"
         )
-    for stage, spec in zip(plan.stages, specs, strict=True):
-        placement.workers.append(_start(placement.group, stage, spec, card))
+
+
+async def _match(plan: Plan, placement: Placement, node_id: str, stages: Sequence[int], most: int) -> None:
+    """Gives each of these stages, all on one node of `most` GPUs, the bundle that holds its GPU."""
+    assert placement.group is not None
+    wanted = {int(plan.stages[index].device.name.rpartition(":")[2]): index for index in stages}
+    found = await _blocking(gpu_ids.ids_of, [(placement.group, bundle) for bundle in stages])
+    if set(found) != set(wanted):
+        # Ray picked others: what it may pick from must be what is wanted.
+        await _remove(placement.group)
+        others = await _blocking(gpu_ids.hold_all_but, node_id, set(wanted), most)
+        try:
+            await _set_aside(plan, placement)
+        finally:
+            await _blocking(gpu_ids.release, others)
+        found = await _blocking(gpu_ids.ids_of, [(placement.group, bundle) for bundle in stages])
+        if set(found) != set(wanted):
+            raise OutOfMemoryError(
+                f"Ray gave GPUs {sorted(found)} of {plan.stages[stages[0]].device.node} and not {sorted(wanted)}: "
+                "something else took them meanwhile; load again"
+            )
+    for bundle, number in zip(stages, found, strict=True):
+        placement.bundles[wanted[number]] = bundle
 
 
 async def place_again(plan: Plan, spec: StageSpec, card: bytes, placement: Placement, attempt: int) -> None:
@@ -118,7 +155,8 @@ async def place_again(plan: Plan, spec: StageSpec, card: bytes, placement: Place
             f"node {stage.device.node} left the cluster while stage {spec.index} was loading there: load it again"
         )
     assert placement.group is not None
-    worker = placement.workers[spec.index] = _start(placement.group, stage, spec, card, attempt)
+    bundle = placement.bundles[spec.index]
+    worker = placement.workers[spec.index] = _start(placement.group, bundle, stage, spec, card, attempt)
     try:
         await asyncio.wait_for(call(worker.device.remote(), f"stage {spec.index}"), _PLACE_TIMEOUT_S)
     except (asyncio.TimeoutError, TimeoutError):
@@ -128,7 +166,9 @@ async def place_again(plan: Plan, spec: StageSpec, card: bytes, placement: Place
         ) from None
 
 
-def _start(group: PlacementGroup, stage: PlannedStage, spec: StageSpec, card: bytes, attempt: int = 0) -> Any:
+def _start(
+    group: PlacementGroup, bundle: int, stage: PlannedStage, spec: StageSpec, card: bytes, attempt: int = 0
+) -> Any:
     """A handle for the stage's worker, which comes up by itself."""
     actor = ray.remote(StageWorker).options(
         name=_actor_name(spec, attempt),
@@ -138,7 +178,7 @@ def _start(group: PlacementGroup, stage: PlannedStage, spec: StageSpec, card: by
         num_gpus=stage.device.slots,
         max_restarts=0,
         max_task_retries=0,
-        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=spec.index),
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
     )
     return actor.remote(spec.to_json(), card)
 
@@ -149,6 +189,19 @@ _threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="placement")
 
 async def _blocking(function: Callable[..., T], *arguments: Any) -> T:
     return await asyncio.get_running_loop().run_in_executor(_threads, function, *arguments)
+
+
+async def _remove(group: PlacementGroup) -> None:
+    """Returns once the nodes have their resources back: when the group is really gone."""
+    await _blocking(remove_placement_group, group)
+    for _ in range(50):
+        if (await _blocking(placement_group_table, group)).get("state") in (None, "REMOVED"):
+            return
+        await asyncio.sleep(0.1)
+
+
+def _gpus_of_nodes() -> Counter[str]:
+    return Counter({node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]})
 
 
 async def _stop(worker: Any) -> None:

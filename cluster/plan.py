@@ -2,50 +2,70 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..proto.v1 import registry_pb2
-from ..proto.v1.errors import InvalidDeviceMapError, InvalidRequestError, OutOfMemoryError
+from ..proto.v1.errors import InvalidDeviceMapError, InvalidRequestError
 from ..worker.anatomy import Cut, Place
-from ..worker.byte_sizes import format_size
 from . import partition
-from .devices import Device, find_device, gpus_or_all, limit_memory, share_cpus
+from .device_map import place_by_module
+from .devices import Device, gpus_or_all, limit_memory, share_cpus
+from .load_time import Speeds, StageLoad, predict
+from .refusal import Circumstances
 from .sizes import ModelSizes
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "cpu")
+# Keys and values for more than this have never been asked of a model.
+_MOST_TOKENS = 1 << 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOutline:
-    """What the planner needs to know of a model. `modules`: name and place of each one that a device map names."""
+    """What the planner needs to know of a model.
+
+    modules: name and place of each one that a device map names. lighter: what it would weigh, loaded another way: the
+    option that does it, as a user would write it -> sizes; for the words of a refusal.
+    """
 
     sizes: ModelSizes
     modules: tuple[tuple[str, Place], ...]
     tied: bool
     quantization: str
     dtype: str
+    lighter: tuple[tuple[str, ModelSizes], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions:
-    """How the user wants the model spread. `by_module`: module prefix -> device, in place of `device_map`."""
+    """How the user wants the model spread.
+
+    device_map: names are accelerate's, and mean what they mean there. "auto" and "balanced": spread as evenly as can
+    be; "balanced_low_0": with as little on the first device as the others allow; "sequential": each device full before
+    the next; "cpu": CPU workers alone. by_module: module prefix -> device, in place of `device_map`.
+    num_stages: exactly so many; 0 for as many as are best. reserve_tokens: tokens whose keys and values must have room
+    beside the weights, over all sequences.
+    """
 
     device_map: str = "auto"
     by_module: Mapping[str, str] | None = None
     max_memory: Mapping[str, str] | None = None
     num_stages: int = 0
+    reserve_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedStage:
+    """workspace_bytes, kv_bytes: what the plan leaves room for beside `resident_bytes`, on its device."""
+
     device: Device
     cut: Cut
     resident_bytes: int
     fetch_bytes: int
     kv_bytes_per_token: int
     modules: tuple[str, ...]
+    workspace_bytes: int = 0
+    kv_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +74,18 @@ class Plan:
     commit: str
     outline: ModelOutline
     stages: tuple[PlannedStage, ...]
+    devices: tuple[Device, ...] = ()
 
-    def to_message(self) -> registry_pb2.Plan:
+    def to_message(self, speeds: Speeds | None = None) -> registry_pb2.Plan:
+        """With the time that a load will take, as far as `speeds` are known."""
+        speeds = speeds or Speeds()
+        predicted = predict(
+            [
+                StageLoad(node=stage.device.node, kind=stage.device.kind, fetch_bytes=stage.fetch_bytes)
+                for stage in self.stages
+            ],
+            speeds,
+        )
         return registry_pb2.Plan(
             model=self.model,
             quantization=self.outline.quantization,
@@ -75,9 +105,21 @@ class Plan:
                     kv_bytes_per_token=stage.kv_bytes_per_token,
                     capacity_bytes=stage.device.capacity_bytes,
                     modules=stage.modules,
+                    workspace_bytes=stage.workspace_bytes,
+                    kv_bytes=stage.kv_bytes,
+                    predicted_load_seconds=predicted.seconds[index] if predicted else 0.0,
                 )
                 for index, stage in enumerate(self.stages)
             ],
+            devices=[
+                registry_pb2.DeviceCapacity(node=device.node, device=device.name, capacity_bytes=device.capacity_bytes)
+                for device in self.devices
+            ],
+            predicted_load_seconds=max(predicted.seconds) if predicted else 0.0,
+            load_bottleneck=predicted.bottleneck if predicted else "",
+            load_bottleneck_stage=predicted.slowest if predicted else 0,
+            link_bytes_per_second=speeds.link,
+            link_is_measured=speeds.is_measured,
         )
 
 
@@ -87,26 +129,65 @@ def make_plan(model: str, commit: str, outline: ModelOutline, devices: Sequence[
         raise InvalidDeviceMapError(
             f"device_map {options.device_map!r} is none of {', '.join(DEVICE_MAPS)}, nor a dict"
         )
-    layers = len(outline.sizes.layers)
+    if not 0 <= options.reserve_tokens <= _MOST_TOKENS:
+        raise InvalidRequestError(f"reserve_tokens={options.reserve_tokens}: write 0, or {_MOST_TOKENS} at most")
+    sizes = outline.sizes
+    layers = len(sizes.layers)
+    if options.num_stages < 0:
+        raise InvalidRequestError(f"num_stages={options.num_stages}: write 1 or more, or leave it out")
     if options.num_stages > layers:
         raise InvalidRequestError(f"num_stages={options.num_stages}, but the model has {layers} layers to spread")
-    chosen, runs = (
-        _by_module(outline, devices, options) if options.by_module else _by_strategy(outline.sizes, devices, options)
+    parts = sum(sizes.may_begin(layer) for layer in range(layers))
+    if options.num_stages > parts:
+        raise InvalidRequestError(
+            f"num_stages={options.num_stages}, but this model's layers can be cut into {parts} stages at most"
+        )
+    circumstances = Circumstances(
+        reserve_tokens=options.reserve_tokens,
+        quantization=outline.quantization,
+        lighter=outline.lighter,
+        is_limited=bool(options.max_memory),
     )
+    if options.by_module:
+        chosen, runs = place_by_module(
+            sizes,
+            outline.modules,
+            devices,
+            by_module=options.by_module,
+            max_memory=options.max_memory or {},
+            circumstances=circumstances,
+        )
+        if options.num_stages not in (0, len(runs)):
+            raise InvalidDeviceMapError(
+                f"num_stages={options.num_stages}, but device_map makes {len(runs)} stages: leave one of them out"
+            )
+    else:
+        chosen, runs = _by_strategy(sizes, devices, options, circumstances)
     return Plan(
         model=model,
         commit=commit,
         outline=outline,
         stages=tuple(
-            _stage(outline, device, Cut(first=first, end=end, num_layers=layers))
+            _stage(outline, device, Cut(first=first, end=end, num_layers=layers), options.reserve_tokens)
             for device, (first, end) in zip(chosen, runs, strict=True)
         ),
+        devices=_as_divided(devices, chosen),
     )
 
 
+def _as_divided(devices: Sequence[Device], chosen: Sequence[Device]) -> tuple[Device, ...]:
+    """`devices`, with a CPU that stages share as the shares that were `chosen`."""
+    paths = {device.path for device in devices}
+    shares: dict[str, list[Device]] = {}
+    for device in chosen:
+        if device.path not in paths:
+            shares.setdefault(device.path.rpartition(":")[0], []).append(device)
+    return tuple(each for device in devices for each in shares.get(device.path, [device]))
+
+
 def _by_strategy(
-    sizes: ModelSizes, devices: Sequence[Device], options: PlanOptions
-) -> tuple[Sequence[Device], list[tuple[int, int]]]:
+    sizes: ModelSizes, devices: Sequence[Device], options: PlanOptions, circumstances: Circumstances
+) -> tuple[list[Device], partition.Runs]:
     devices = _eligible(devices, options.device_map)
     if options.num_stages:
         devices = share_cpus(devices, options.num_stages)
@@ -117,22 +198,11 @@ def _by_strategy(
     devices = limit_memory(devices, options.max_memory or {})
     if not devices:
         raise InvalidDeviceMapError("max_memory leaves no device to use: name one, with more than 0 bytes")
-    if options.num_stages:
-        if options.num_stages > len(devices):
-            raise InvalidRequestError(f"num_stages={options.num_stages}, but max_memory leaves {len(devices)} devices")
-        if options.device_map == "balanced_low_0" and options.num_stages < len(devices):
-            devices = devices[1:]
-        # The largest ones, in the cluster's order.
-        kept = sorted(range(len(devices)), key=lambda index: (-devices[index].capacity_bytes, index))
-        devices = [devices[index] for index in sorted(kept[: options.num_stages])]
-        return devices, partition.balanced(sizes, devices)
-    if options.device_map == "sequential":
-        return partition.sequential(sizes, devices)
-    if options.device_map == "balanced_low_0" and len(devices) > 1:
-        # accelerate's meaning: leave the first device free for other work, as far as the rest suffices.
-        with contextlib.suppress(OutOfMemoryError):
-            return partition.fit(sizes, devices[1:])
-    return partition.fit(sizes, devices)
+    if options.num_stages > len(devices):
+        raise InvalidRequestError(f"num_stages={options.num_stages}, but max_memory leaves {len(devices)} devices")
+    strategy = {"sequential": partition.sequential, "balanced_low_0": partition.sparing_first}
+    lay = strategy.get(options.device_map, partition.fit)
+    return lay(sizes, devices, num_stages=options.num_stages, circumstances=circumstances)
 
 
 def _eligible(devices: Sequence[Device], device_map: str) -> Sequence[Device]:
@@ -145,96 +215,7 @@ def _eligible(devices: Sequence[Device], device_map: str) -> Sequence[Device]:
     return cpus
 
 
-def _by_module(
-    outline: ModelOutline, devices: Sequence[Device], options: PlanOptions
-) -> tuple[Sequence[Device], list[tuple[int, int]]]:
-    """A device for each module, by the longest prefix that names it; runs must be contiguous."""
-    assert options.by_module is not None
-    wanted = {str(prefix): str(name) for prefix, name in options.by_module.items()}
-    names = set(wanted.values())
-    devices = _with_shares(devices, names)
-    limited = {device.path: device for device in limit_memory(devices, options.max_memory or {})}
-    by_name: dict[str, Device] = {}
-    for name in sorted(names):
-        path = find_device(name, devices).path
-        if path not in limited:
-            raise InvalidDeviceMapError(f"device_map names {path}, which max_memory leaves out: give it memory there")
-        by_name[name] = limited[path]
-    unused = {prefix for prefix in wanted if prefix}
-    placed: dict[str, Device] = {}
-    for module, _ in outline.modules:
-        prefixes = [prefix for prefix in wanted if prefix in ("", module) or module.startswith(f"{prefix}.")]
-        if not prefixes:
-            raise InvalidDeviceMapError(f"device_map names no device for {module}; add it, or a default under ''")
-        longest = max(prefixes, key=len)
-        unused.discard(longest)
-        placed[module] = by_name[wanted[longest]]
-    known = [module for module, _ in outline.modules]
-    for prefix in sorted(unused):
-        if not any(
-            module == prefix or module.startswith(f"{prefix}.") or prefix.startswith(f"{module}.") for module in known
-        ):
-            raise InvalidDeviceMapError(f"device_map names {prefix!r}, which is no module of this model")
-        for module in known:
-            if prefix.startswith(f"{module}.") and by_name[wanted[prefix]] is not placed[module]:
-                raise InvalidDeviceMapError(
-                    f"device_map puts {prefix} on {by_name[wanted[prefix]].path} and the rest of {module} on "
-                    f"{placed[module].path}: a layer can't be cut"
-                )
-    order = [(module, placed[module]) for module, place in outline.modules if place.part == "layer"]
-    chosen: list[Device] = []
-    runs: list[tuple[int, int]] = []
-    for layer, (module, device) in enumerate(order):
-        if chosen and chosen[-1] is device:
-            runs[-1] = (runs[-1][0], layer + 1)
-            continue
-        if device in chosen:
-            raise InvalidDeviceMapError(
-                f"device_map returns to {device.path} at {module}: a stage is one run of layers"
-            )
-        chosen.append(device)
-        runs.append((layer, layer + 1))
-    for module, place in outline.modules:
-        owner = {"embedding": chosen[0], "before": chosen[0], "after": chosen[-1]}.get(place.part)
-        if owner is not None and placed[module] is not owner:
-            raise InvalidDeviceMapError(
-                f"device_map puts {module} on {placed[module].path}, but it belongs with "
-                f"{'the first' if owner is chosen[0] else 'the last'} layer, on {owner.path}"
-            )
-    for device, (first, end) in zip(chosen, runs, strict=True):
-        resident, _ = outline.sizes.stage(first, end)
-        if resident > device.capacity_bytes:
-            raise OutOfMemoryError(
-                f"device_map puts {format_size(resident)} (layers {first} to {end - 1}) on {device.path}, of which "
-                f"{format_size(device.capacity_bytes)} may be used: put modules elsewhere, quantize to 4 bits, or "
-                "raise max_memory"
-            )
-    if options.num_stages not in (0, len(runs)):
-        raise InvalidDeviceMapError(
-            f"num_stages={options.num_stages}, but device_map makes {len(runs)} stages: leave one of them out"
-        )
-    return chosen, runs
-
-
-def _with_shares(devices: Sequence[Device], names: set[str]) -> Sequence[Device]:
-    """`devices` with CPUs split where `names` ask for shares: "cpu:0" and "cpu:1", or 0 and 1 where there is no GPU."""
-
-    def is_unknown(name: str) -> bool:
-        try:
-            find_device(name, devices)
-        except InvalidDeviceMapError:
-            return True
-        return False
-
-    unknown = sum(is_unknown(name) for name in names)
-    if not unknown:
-        return devices
-    cpus = [device for device in devices if device.kind == "cpu" and not device.slots]
-    gpus = len(devices) - len(cpus)
-    return share_cpus(devices, gpus + max(len(cpus), unknown if gpus else len(names)))
-
-
-def _stage(outline: ModelOutline, device: Device, cut: Cut) -> PlannedStage:
+def _stage(outline: ModelOutline, device: Device, cut: Cut, reserve_tokens: int) -> PlannedStage:
     resident, fetch = outline.sizes.stage(cut.first, cut.end)
     return PlannedStage(
         device=device,
@@ -248,4 +229,6 @@ def _stage(outline: ModelOutline, device: Device, cut: Cut) -> PlannedStage:
             for module, place in outline.modules
             if place.held_by(cut, tied=False) and (place.part != "shared" or cut.is_first)
         ),
+        workspace_bytes=outline.sizes.workspace_bytes,
+        kv_bytes=outline.sizes.kv_bytes(cut.first, cut.end, reserve_tokens),
     )

@@ -21,6 +21,7 @@ class ModelOptions:
 
     dtype: str = "auto"
     quantization: Mapping[str, Any] | None = None
+    quantize_experts: bool = False
     attn_implementation: str | None = None
     config: Mapping[str, Any] | None = None
     config_overrides: Mapping[str, Any] | None = None
@@ -92,6 +93,7 @@ class PlannedModel:
                     connections=transfer.connections,
                     use_cache=transfer.use_cache,
                     trace=transfer.trace,
+                    quantize_experts=model.options.quantize_experts,
                 )
             )
         return specs
@@ -108,6 +110,7 @@ def outline_model(request: CheckpointRequest, token: HubToken, options: ModelOpt
         dtype=resolve_dtype(options.dtype, config, checkpoint.records),
         quantization=options.quantization,
         attn_implementation=options.attn_implementation,
+        quantize_experts=options.quantize_experts,
     )
     return OutlinedModel(request=request, checkpoint=checkpoint, layout=layout, options=options, config=config)
 

@@ -29,6 +29,7 @@ from . import loads, requests
 from .placement import Placement, call, find_placements, place, place_again
 from .planning import OutlinedModel, PlannedModel, outline_model
 from .route import Route
+from .seen_speeds import SeenSpeeds
 from .tokenizer import Tokenizer
 from .topology import discover
 
@@ -64,6 +65,7 @@ class Registry:
     def __init__(self, on_change: Callable[[str, int], None] = lambda name, state: None) -> None:
         self._entries: dict[str, Entry] = {}
         self._on_change = on_change
+        self._speeds = SeenSpeeds()
         # What one load counts on as free must not be given to another before it is taken.
         self._placing = asyncio.Lock()
 
@@ -129,7 +131,12 @@ class Registry:
 
     async def plan(self, source: registry_pb2.ModelSource, options: registry_pb2.LoadOptions) -> registry_pb2.Plan:
         outlined = await _outline(source, options)
-        return (await _spread(outlined, options)).plan.to_message()
+        speeds = requests.given_speeds(options, self._speeds.of(outlined.checkpoint.source))
+        return (await self._spread(outlined, options)).plan.to_message(speeds)
+
+    async def _spread(self, outlined: OutlinedModel, options: registry_pb2.LoadOptions) -> PlannedModel:
+        held = {f"{stage.node}/{stage.device}" for entry in self._entries.values() for stage in entry.info.plan.stages}
+        return await asyncio.to_thread(lambda: outlined.spread(requests.plan_options(options), discover(held)))
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
@@ -185,8 +192,9 @@ class Registry:
         info.generation_config_json = json.dumps(outlined.checkpoint.generation_config or {})
         tell(started=registry_pb2.LoadStarted(name=name, commit=entry.source.commit))
         async with self._placing:
-            planned = await _spread(outlined, request.options)
-            info.plan.CopyFrom(planned.plan.to_message())
+            planned = await self._spread(outlined, request.options)
+            speeds = requests.given_speeds(request.options, self._speeds.of(entry.source))
+            info.plan.CopyFrom(planned.plan.to_message(speeds))
             tell(planned=info.plan)
             specs = planned.specs(name, placement.load_id, secret, transfer)
             await place(planned.plan, specs, info.SerializeToString(), placement)
@@ -210,6 +218,7 @@ class Registry:
         await entry.route.canary()
         entry.tokenizer = await loads.tokenizer_or_none(entry.source, token)
         info.residency.extend(loads.residency(index, report) for index, report in enumerate(reports))
+        self._speeds.learn(entry.source, [stage.device for stage in planned.plan.stages], reports)
         info.load_seconds = time.monotonic() - started
         # The workers first: ready is what a restarted controller would find ready.
         ready = registry_pb2.ModelInfo()
@@ -310,7 +319,3 @@ async def _outline(source: registry_pb2.ModelSource, options: registry_pb2.LoadO
             requests.checkpoint_request(source), requests.access_token(source), requests.model_options(options)
         )
     )
-
-
-async def _spread(outlined: OutlinedModel, options: registry_pb2.LoadOptions) -> PlannedModel:
-    return await asyncio.to_thread(lambda: outlined.spread(requests.plan_options(options), discover()))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import InvalidRequestError, UnsupportedModelError
-from ..worker.byte_sizes import parse_size
+from ..worker.byte_sizes import parse_rate, parse_size
 from ..worker.records import HubToken
 from ..worker.sources.urls import is_url, parse_url
 from .checkpoint import CheckpointRequest
+from .load_time import Speeds
 from .plan import PlanOptions
 from .planning import ModelOptions, TransferOptions
 
@@ -47,6 +49,7 @@ def model_options(options: registry_pb2.LoadOptions) -> ModelOptions:
     return ModelOptions(
         dtype=options.dtype or "auto",
         quantization=_json_object(options.quantization_config_json, "quantization_config"),
+        quantize_experts=options.quantize_experts,
         attn_implementation=options.attn_implementation or None,
         config=_json_object(options.config_json, "config"),
         config_overrides=_json_object(options.config_overrides_json, "config_overrides"),
@@ -59,7 +62,16 @@ def plan_options(options: registry_pb2.LoadOptions) -> PlanOptions:
         by_module=dict(options.device_map_by_module) or None,
         max_memory=dict(options.max_memory) or None,
         num_stages=options.num_stages,
+        reserve_tokens=options.reserve_tokens,
     )
+
+
+def given_speeds(options: registry_pb2.LoadOptions, known: Speeds | None = None) -> Speeds:
+    """`known`, or what the request gives in its place. Raises InvalidRequestError."""
+    known = known or Speeds()
+    if not options.link_speed:
+        return known
+    return replace(known, link=parse_rate(options.link_speed), is_measured=False)
 
 
 def transfer_options(options: registry_pb2.LoadOptions) -> TransferOptions:

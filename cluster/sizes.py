@@ -6,7 +6,7 @@ Source: `bitsandbytes.functional.quantize_4bit`, `quantize_blockwise` and `int8_
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from ..worker.anatomy import Place
@@ -71,12 +71,17 @@ def parameter_bytes(shape: tuple[int, ...], storage: Storage) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """A parameter or buffer of the model, with the checkpoint bytes that become it (0 for a computed buffer)."""
+    """A parameter or buffer of the model, with the checkpoint bytes that become it (0 for a computed buffer).
+
+    packed_shape: of one that 4-bit quantization would pack or already packs, so that what it would weigh in another
+    form can be told; None for all others.
+    """
 
     name: str
     place: Place
     resident_bytes: int
     fetch_bytes: int
+    packed_shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +89,10 @@ class ModelSizes:
     """What the parts of a model weigh, in bytes: resident and fetched.
 
     first, last: what the first and the last stage hold beside their layers; a tied embedding is in both (once where
-    they are one stage, see `tied`). shared: what every stage holds.
+    they are one stage, see `tied`). shared: what every stage holds. kv_bytes_per_token: of each layer.
+
+    workspace_bytes: what each stage needs beside all that is resident: activations and dequantized scratch.
+    cuts: for each layer whether a stage may begin with it (the first entry says nothing); None where all may.
     """
 
     layers: tuple[tuple[int, int], ...]
@@ -93,6 +101,34 @@ class ModelSizes:
     tied: tuple[int, int]
     shared: tuple[int, int]
     kv_bytes_per_token: tuple[int, ...]
+    workspace_bytes: int = 0
+    cuts: tuple[bool, ...] | None = None
+
+    def __post_init__(self) -> None:
+        assert len(self.kv_bytes_per_token) == len(self.layers) > 0, (self.layers, self.kv_bytes_per_token)
+        assert self.cuts is None or len(self.cuts) == len(self.layers), self.cuts
+        # The partition counts on a stage never becoming heavier when it gives layers away.
+        assert 0 <= self.tied[0] <= self.first[0], (self.tied, self.first)
+
+    def may_begin(self, layer: int) -> bool:
+        """Whether a stage may begin with this layer."""
+        return layer == 0 or self.cuts is None or self.cuts[layer]
+
+    def from_layer(self, layer: int) -> ModelSizes:
+        """What is left of the model when a stage has taken the layers before this one, of which there is at least one.
+
+        The rest's first stage is none of the model's: nothing stands before its layers.
+        """
+        assert 0 < layer < len(self.layers), layer
+        return replace(
+            self,
+            layers=self.layers[layer:],
+            first=(0, 0),
+            last=(self.last[0] + self.tied[0], self.last[1] + self.tied[1]),
+            tied=(0, 0),
+            kv_bytes_per_token=self.kv_bytes_per_token[layer:],
+            cuts=self.cuts and self.cuts[layer:],
+        )
 
     def stage(self, first: int, end: int) -> tuple[int, int]:
         """Resident and fetched bytes of a stage of layers `[first, end)`."""
@@ -105,8 +141,20 @@ class ModelSizes:
                 parts.append(self.tied)
         return sum(part[0] for part in parts), sum(part[1] for part in parts)
 
+    def kv_bytes(self, first: int, end: int, tokens: int) -> int:
+        """Bytes of keys and values that layers `[first, end)` keep for so many tokens."""
+        return sum(self.kv_bytes_per_token[first:end]) * tokens
 
-def sum_up(items: Iterable[Item], num_layers: int, *, tied: bool, kv_bytes_per_token: tuple[int, ...]) -> ModelSizes:
+
+def sum_up(
+    items: Iterable[Item],
+    num_layers: int,
+    *,
+    tied: bool,
+    kv_bytes_per_token: tuple[int, ...],
+    workspace_bytes: int = 0,
+    cuts: tuple[bool, ...] | None = None,
+) -> ModelSizes:
     """Adds `items` up by place. `tied`: the head's weight is the embedding's, so the last stage needs that too."""
     layers = [[0, 0] for _ in range(num_layers)]
     parts = {part: [0, 0] for part in ("embedding", "before", "after", "shared")}
@@ -122,4 +170,15 @@ def sum_up(items: Iterable[Item], num_layers: int, *, tied: bool, kv_bytes_per_t
         tied=(embedding[0], embedding[1]) if tied else (0, 0),
         shared=(parts["shared"][0], parts["shared"][1]),
         kv_bytes_per_token=kv_bytes_per_token,
+        workspace_bytes=workspace_bytes,
+        cuts=cuts,
     )
+
+
+def in_4bit(items: Iterable[Item], *, double: bool) -> list[Item]:
+    """`items` with each one that 4 bits can pack in 4 bits; `double` as `bnb_4bit_use_double_quant`."""
+    storage = Storage(kind="4bit", double=double)
+    return [
+        replace(item, resident_bytes=parameter_bytes(item.packed_shape, storage)) if item.packed_shape else item
+        for item in items
+    ]

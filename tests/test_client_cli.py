@@ -10,10 +10,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import grpc
 import pytest
 from click.testing import CliRunner, Result
+from google.protobuf.json_format import MessageToJson
 
 from shardlift.client.cli.main import cli
 from shardlift.proto.v1 import errors, inference_pb2, registry_pb2
@@ -37,8 +39,14 @@ PLAN = registry_pb2.Plan(
             fetch_bytes=12 << 30,
             kv_bytes_per_token=64,
             modules=["model"],
+            capacity_bytes=4 << 30,
+            kv_bytes=1 << 30,
+            predicted_load_seconds=200.0,
         )
     ],
+    predicted_load_seconds=200.0,
+    load_bottleneck="link",
+    link_bytes_per_second=64e6,
 )
 PLAN_JSON = {
     "model": "org/tiny",
@@ -54,8 +62,15 @@ PLAN_JSON = {
             "resident_bytes": 3 << 30,
             "fetch_bytes": 12 << 30,
             "kv_bytes_per_token": 64,
+            "capacity_bytes": 4 << 30,
+            "workspace_bytes": 0,
+            "kv_bytes": 1 << 30,
+            "predicted_load_seconds": 200.0,
         }
     ],
+    "predicted_load_seconds": 200.0,
+    "load_bottleneck": "link",
+    "link_bytes_per_second": 64e6,
 }
 INFO = registry_pb2.ModelInfo(
     name="tiny",
@@ -138,8 +153,34 @@ def test_plan(gateway: ScriptedGateway) -> None:
     assert json.loads(done.stdout) == PLAN_JSON
     gateway.answer("PlanModel", registry_pb2.PlanModelResponse(plan=PLAN))
     done = run("plan", "org/tiny")
-    assert row(done.stdout, "0") == "0 10.0.0.7 cuda:0 0–3 3.00 GiB 12.00 GiB 64 B"
+    assert row(done.stdout, "0") == "0 10.0.0.7 cuda:0 0–3 3.00 GiB ████████▒▒ 100 % 12.00 GiB 64 B"
     assert row(done.stdout, "total") == "total 3.00 GiB 12.00 GiB 64 B"
+    assert "about 3 min 20 s to load; bottleneck: stage 0, the link to node 10.0.0.7, at 64.0 MB/s" in done.stdout
+
+
+def test_plan_draws_the_cluster(gateway: ScriptedGateway, tmp_path: Path) -> None:
+    plan = registry_pb2.Plan()
+    plan.CopyFrom(PLAN)
+    plan.model = "a<b & c"
+    for device in ("cuda:0", "cuda:1"):
+        plan.devices.add(node="10.0.0.7", device=device, capacity_bytes=4 << 30)
+    plan.devices.add(node="<other>", device="cuda:0", capacity_bytes=1 << 30)
+    gateway.answer("PlanModel", registry_pb2.PlanModelResponse(plan=plan))
+    done = run("plan", "org/tiny", "--svg", str(tmp_path / "plan.svg"), "--json")
+    assert done.exit_code == 0, done.output
+    root = ElementTree.parse(tmp_path / "plan.svg").getroot()
+    space = {"svg": "http://www.w3.org/2000/svg"}
+    texts = [text.text or "" for text in root.iterfind(".//svg:text", space)]
+    assert "a<b & c (nf4)" in texts
+    assert {"10.0.0.7", "<other>", "stage 0: 0–3", "3.00 GiB"} <= set(texts)
+    devices = root.findall(".//svg:rect[@class='device']", space) + root.findall(
+        ".//svg:rect[@class='device unused']", space
+    )
+    assert len(devices) == 3
+    gateway.answer("PlanModel", registry_pb2.PlanModelResponse(plan=plan))
+    failed = run("plan", "org/tiny", "--svg", str(tmp_path / "no" / "plan.svg"))
+    assert failed.exit_code == 2
+    assert "the picture can't be written" in failed.stderr
 
 
 def test_every_flag_arrives(gateway: ScriptedGateway, tmp_path: Path) -> None:
@@ -149,6 +190,7 @@ def test_every_flag_arrives(gateway: ScriptedGateway, tmp_path: Path) -> None:
         *("plan", "org/tiny", "--revision", "v1", "--subfolder", "sub", "--variant", "fp16", "--dtype", "bfloat16"),
         *("--load-in-4bit", "--bnb-4bit-quant-type", "nf4", "--bnb-4bit-use-double-quant"),
         *("--bnb-4bit-compute-dtype", "bfloat16", "--bnb-4bit-quant-storage", "uint8", "--num-stages", "2"),
+        "--quantize-experts",
         *("--device-map", '{"model.layers.0": 0, "": "cpu"}', "--max-memory", "0=20GiB", "--max-memory", '{"cpu": 7}'),
         *("--attn-implementation", "eager", "--trust-remote-code", "--cache-dir", str(tmp_path)),
         *("--hf-token-file", str(tmp_path / "hub"), "--json"),
@@ -166,6 +208,7 @@ def test_every_flag_arrives(gateway: ScriptedGateway, tmp_path: Path) -> None:
     )
     sent = asked.options
     assert (sent.dtype, sent.num_stages, sent.attn_implementation) == ("bfloat16", 2, "eager")
+    assert sent.quantize_experts
     assert dict(sent.device_map_by_module) == {"model.layers.0": "0", "": "cpu"}
     assert dict(sent.max_memory) == {"0": "20GiB", "cpu": "7"}
     assert json.loads(sent.quantization_config_json) == {
@@ -191,6 +234,7 @@ def test_the_quantization_flags_make_transformers_config(gateway: ScriptedGatewa
     gateway.answer("PlanModel", registry_pb2.PlanModelResponse(plan=PLAN))
     run("plan", "org/tiny", "--load-in-8bit", "--device-map", "balanced")
     sent = gateway.calls[1].request.options
+    assert not sent.quantize_experts
     config = BitsAndBytesConfig.from_dict(json.loads(sent.quantization_config_json))
     assert config.to_dict() == BitsAndBytesConfig(load_in_8bit=True).to_dict()
     assert sent.device_map == "balanced"
@@ -201,6 +245,8 @@ def test_the_quantization_flags_make_transformers_config(gateway: ScriptedGatewa
     [
         ["--load-in-4bit", "--load-in-8bit"],
         ["--bnb-4bit-quant-type", "nf4"],
+        ["--quantize-experts"],
+        ["--quantize-experts", "--load-in-8bit"],
         ["--bnb-4bit-quant-type", "nf5"],
         ["--max-memory", "20GiB"],
         ["--device-map", "{"],
@@ -224,7 +270,7 @@ def fake_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) ->
 
 
 def test_plan_without_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = fake_python(tmp_path, monkeypatch, f"echo '{json.dumps(PLAN_JSON)}'")
+    fake = fake_python(tmp_path, monkeypatch, f"echo '{MessageToJson(PLAN, indent=None)}'")
     done = run("plan", "org/tiny", "--devices", "8x80GiB", "--num-stages", "2", "--load-in-8bit", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == PLAN_JSON

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -89,11 +91,26 @@ def test_devices() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", ",", "0x80GiB", "-1x80GiB", "x80GiB", "8x", "8*80GiB", "1.5x80GiB", "200000x1GiB", "axb"]
+    "text",
+    [
+        *("", ",", "0x80GiB", "-1x80GiB", "x80GiB", "8x", "8*80GiB", "1.5x80GiB", "200000x1GiB", "axb"),
+        *("60000x1GiB,60000x1GiB", f"{'9' * 5000}x1GiB", "8x0GiB", "8x0", "8x2000TiB", "4x80GiB@", "4x80GiB@0"),
+        *("4x80GiB@-1", "4x80GiB@fast", "4x80GiB@1e3", "4x80GiB@nan", "4x80GiB@0.0001", "4x80GiB@99999999999"),
+        *("4x80GiB@1@2", "4x80GiB@3350,4x24GiB", "@1"),
+    ],
 )
 def test_no_devices(text: str) -> None:
     with pytest.raises(InvalidRequestError):
         parse_devices(text)
+
+
+def test_speeds() -> None:
+    devices = parse_devices("2x80GiB@3350, 24GiB @ 936")
+    assert [device.speed for device in devices] == [3350, 3350, 936]
+    assert [device.speed for device in parse_devices("1GiB@3.35,1GiB@0.9,1GiB@2.000")] == [335, 90, 200]
+    assert {device.speed for device in parse_devices("2x80GiB,24GiB")} == {1}
+    with pytest.raises(InvalidRequestError, match="node-1/cuda:0 has no speed, but others have"):
+        parse_devices("1GiB@1,1GiB")
 
 
 def test_topology() -> None:
@@ -120,12 +137,47 @@ def test_topology() -> None:
         ([{"node": "a", "device": "cuda:0", "memory": "1GiB"}, {"node": "a"}], "device 1 .* lacks device, memory"),
         ([{"node": "a", "device": "cuda:0", "memory": "lots"}], "not a size"),
         ([{"node": "a", "device": "cuda:0", "memory": None}], "not a size"),
-        ([{"node": "a", "device": "cuda:0", "memory": 1}] * 2, "twice"),
+        ([{"node": "a", "device": "cuda:0", "memory": 1}] * 2, "names a device twice: a/cuda:0"),
+        ([{"node": "a", "device": "cuda:0", "memory": 1}] * 100_001, "100000 at most"),
+        *(
+            ([{"node": "a", "device": "cuda:0", "memory": memory}], problem)
+            for memory, problem in [
+                *((value, "more than 0 bytes") for value in (0, "0GiB", 0.5, "2000TiB")),
+                *((value, "not a size") for value in (True, -1, [1], {}, float("nan"), float("inf"))),
+                (1e300, "not a size|more than"),
+            ]
+        ),
+        *(
+            ([{"node": node, "device": "cuda:0", "memory": 1}], "has node")
+            for node in (7, "", "a/b", "a b", None, "\x1b")
+        ),
+        *(
+            ([{"node": "a", "device": name, "memory": 1}], "has device")
+            for name in (0, "tpu:0", "cuda", "cuda:-1", "cpu:x", "", None, "cuda:٣", "cuda:0\n")
+        ),
+        *(
+            ([{"node": "a", "device": "cuda:0", "memory": 1, "speed": speed}], "has speed")
+            for speed in (0, -1, "fast", True, [1], 1e-9, 1e12, "9" * 5000, float("nan"))
+        ),
+        (
+            [
+                {"node": "a", "device": f"cuda:{index}", "memory": 1, **extra}
+                for index, extra in enumerate([{"speed": 1}, {}])
+            ],
+            "a/cuda:1 has no speed",
+        ),
     ],
 )
 def test_no_topology(topology: object, problem: str) -> None:
     with pytest.raises(InvalidRequestError, match=problem):
         parse_topology(topology)
+
+
+def test_a_topology_with_speeds() -> None:
+    entries = [
+        {"node": "a", "device": f"cuda:{index}", "memory": "1GiB", "speed": s} for index, s in enumerate([3.35, 2])
+    ]
+    assert [device.speed for device in parse_topology(entries)] == [335, 200]
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------
@@ -188,11 +240,27 @@ def test_max_memory_of_cpu_names_every_cpu_and_may_name_none() -> None:
         ({"cuda:7": "1GiB"}, InvalidDeviceMapError),
         ({"0": "-1"}, InvalidRequestError),
         ({"0": "much"}, InvalidRequestError),
+        ({"0": "1", "cuda:0": "1"}, InvalidDeviceMapError),
+        ({"a/cuda:0": "1", "cuda:0": "2"}, InvalidDeviceMapError),
     ],
 )
 def test_no_limit(limits: dict[str, str], error: type[Exception]) -> None:
-    with pytest.raises(error):
+    with pytest.raises(error) as refused:
         limit_memory([gpu("a", 0)], limits)
+    assert "max_memory" in str(refused.value) or "is no device" in str(refused.value)
+
+
+def test_max_memory_means_the_same_in_any_order() -> None:
+    devices = [cpu("a"), cpu("b")]
+    for limits in ({"cpu": "5", "b/cpu": "7"}, {"b/cpu": "7", "cpu": "5"}):
+        assert [device.capacity_bytes for device in limit_memory(devices, limits)] == [5, 7]
+
+
+def test_max_memory_of_thousands_of_devices_is_quick() -> None:
+    devices = parse_devices("4096x80GiB")
+    started = time.process_time()
+    assert len(limit_memory(devices, {str(index): "1GiB" for index in range(4096)})) == 4096
+    assert time.process_time() - started < 1.0
 
 
 # ---- CPU workers that share a node -----------------------------------------------------------------------------------

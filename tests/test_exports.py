@@ -58,9 +58,11 @@ def test_from_pretrained_has_the_contract_signature() -> None:
     assert {name: parameters[name].default for name in names[1 : 1 + len(CONTRACT)]} == CONTRACT
     assert names[1 : 1 + len(CONTRACT)] == list(CONTRACT)
     assert names[1 + len(CONTRACT) :] == [
+        "quantize_experts",
         "staging_budget",
         "connections",
         "part_cache",
+        "reserve_tokens",
         "trace",
         "progress",
         "kwargs",

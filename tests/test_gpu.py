@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,15 @@ from shardlift.cluster.checkpoint import CheckpointRequest
 from shardlift.cluster.devices import parse_devices
 from shardlift.cluster.plan import PlanOptions
 from shardlift.cluster.planning import ModelOptions, plan_model
+from shardlift.proto.v1.errors import OutOfMemoryError
+from shardlift.worker.fetch import part_bytes
 from shardlift.worker.loader import LoadProgress, load_stage
+from shardlift.worker.part_cache import PartCache
+from shardlift.worker.serialized import serialize
+from shardlift.worker.spec import StageSpec
+from shardlift.worker.timeline import COPY, FETCH
 from tests.support import checkpoints, ring
+from tests.support.fingerprint import fingerprint
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,3 +74,106 @@ def test_predicted_bytes_are_the_measured_ones_on_a_gpu(kind: str, tmp_path: Pat
     for spec, stage in zip(planned.specs("model", "load", "secret"), planned.plan.stages, strict=True):
         measured = sum(module.size_bytes for module in load_stage(spec, None, LoadProgress()).modules)
         assert measured == pytest.approx(stage.resident_bytes, rel=0.01)
+
+
+# ---- the way onto the device -----------------------------------------------------------------------------------------
+
+LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 32000, "num_attention_heads": 16}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 400 MB in bf16: several times what the budgets below hold."""
+    return checkpoints.tiny(
+        "llama",
+        tmp_path_factory.mktemp("large"),
+        layers=8,
+        dtype="bfloat16",
+        tied=False,
+        max_shard_size="150MB",
+        **LARGE,
+    )
+
+
+def one_stage(folder: Path, kind: str) -> StageSpec:
+    config = KINDS[kind]
+    options = ModelOptions(quantization=None if config is None else config.to_dict())
+    planned = plan_model(CheckpointRequest(path=str(folder)), None, options, PlanOptions(), parse_devices("1x100GiB"))
+    [spec] = planned.specs("model", "load", "secret")
+    return spec
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_resident_is_what_transformers_makes(large: Path, kind: str) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(
+        large, quantization_config=KINDS[kind], dtype=torch.bfloat16, device_map={"": DEVICE}
+    )
+    wanted = {name: tensor.cpu() for name, tensor in serialize(whole, skip=()).items()}
+    del whole
+    loaded = load_stage(one_stage(large, kind), None, LoadProgress())
+    found = serialize(loaded.stage.model, skip=())
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():
+        assert tensor.device.type == "cuda" or name.endswith((".weight_format", "bitsandbytes__nf4")), name
+        assert torch.equal(tensor.cpu(), wanted[name]), name
+
+
+@pytest.mark.parametrize("budget_bytes", [3 << 20, 48 << 20, 1 << 30])
+@pytest.mark.parametrize("connections", [1, 4, 16])
+def test_budget_and_connections_change_nothing(large: Path, budget_bytes: int, connections: int) -> None:
+    spec = one_stage(large, "nf4+double")
+    expected = fingerprint(load_stage(spec, None, LoadProgress()).stage.model)
+    spec = replace(spec, budget_bytes=budget_bytes, connections=connections)
+    for _ in range(3):
+        assert fingerprint(load_stage(spec, None, LoadProgress()).stage.model) == expected
+
+
+@pytest.mark.parametrize("kind", ["nf4+double", "none"])
+def test_the_device_holds_its_part_and_one_budget(large: Path, kind: str) -> None:
+    spec = replace(one_stage(large, kind), budget_bytes=96 << 20)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    progress = LoadProgress()
+    loaded = load_stage(spec, None, progress)
+    resident = sum(module.size_bytes for module in loaded.modules)
+    largest = max(record.size_bytes for record in spec.records)
+    peak = torch.cuda.max_memory_allocated() - before - resident
+    assert peak <= spec.budget_bytes + largest, f"{peak:,} bytes above what stays"
+    assert torch.cuda.memory_allocated() - before <= resident * 1.01 + (1 << 20)
+    names = {phase.name for phase in progress.timeline.phases()}
+    assert {FETCH, COPY} <= names
+    assert part_bytes(spec.budget_bytes * 3 // 4, spec.connections) * 2 * spec.connections <= spec.budget_bytes
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4+double", "int8"])
+def test_a_warm_load_is_the_cold_one(large: Path, kind: str, tmp_path: Path) -> None:
+    cache, spec = PartCache(tmp_path, 1 << 40), one_stage(large, kind)
+    cold = load_stage(spec, None, LoadProgress(), cache)
+    assert cold.keep is not None
+    cold.keep()
+    warm = load_stage(spec, None, LoadProgress(), cache)
+    assert warm.fetched_bytes == 0
+    assert fingerprint(warm.stage.model) == fingerprint(cold.stage.model)
+    assert warm.modules == cold.modules
+
+
+def test_a_trace_shows_reads_copies_and_quantization(large: Path) -> None:
+    progress = LoadProgress(trace=True)
+    load_stage(one_stage(large, "nf4"), None, progress)
+    spans, dropped = progress.timeline.spans()
+    assert dropped == 0
+    assert {FETCH, COPY, "wait", "quantize"} <= {span.phase for span in spans}
+
+
+def test_a_device_that_is_too_small_is_named(large: Path) -> None:
+    free, total = torch.cuda.mem_get_info()
+    taken = torch.empty(max(0, free - (150 << 20)), dtype=torch.uint8, device=DEVICE)
+    try:
+        with pytest.raises(OutOfMemoryError, match="cuda:0 has no room"):
+            load_stage(one_stage(large, "none"), None, LoadProgress())
+    finally:
+        del taken
+        torch.cuda.empty_cache()
+    assert total > 0

@@ -19,8 +19,10 @@ ALLOWED = {
     "proto": {"proto"},
 }
 PURE = [
-    *(f"worker.{name}" for name in ("records", "headers", "anatomy", "spec", "fetch")),
-    *(f"cluster.{name}" for name in ("sizes", "devices", "partition", "plan")),
+    *(f"worker.{name}" for name in ("records", "headers", "chunks", "timeline", "byte_sizes")),
+    *(f"worker.{name}" for name in ("anatomy", "spec", "fetch")),
+    *(f"cluster.{name}" for name in ("sizes", "devices", "partition", "plan", "pace", "load_time")),
+    *(f"cluster.{name}" for name in ("blocks", "slowest", "spread", "refusal", "device_map")),
     *(f"proto.v1.{name}" for name in ("errors", "wire")),
 ]
 # How transformers loads and quantizes: no promise of theirs covers it.

@@ -55,6 +55,8 @@ def tiny_hub(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 @pytest.fixture(autouse=True)
 def nothing_left(cluster: RunningCluster) -> Iterator[None]:
+    with shardlift.connect(cluster.gateway) as client:
+        client.clear_cached_parts()
     yield
     with shardlift.connect(cluster.gateway) as client:
         for info in client.infos():
@@ -94,7 +96,7 @@ def run_cli(cluster: RunningCluster, *arguments: str) -> subprocess.CompletedPro
 
 
 class Holdup:
-    """Answers to tensor reads wait from the `after`-th on, until `release`; the range that waited is told."""
+    """Answers to tensor reads wait from the `after`-th on, each for a while; none that come after `release`."""
 
     def __init__(self, hub: HubServer, after: int) -> None:
         self.waiting = threading.Event()
@@ -114,7 +116,7 @@ class Holdup:
             if self._seen <= self._after:
                 return None
         self.waiting.set()
-        return Stall(after_bytes=10, seconds=60)
+        return Stall(after_bytes=10, seconds=8)  # shorter than a worker's patience
 
 
 def test_a_worker_killed_mid_load_is_replaced_and_loads_its_own_part_again(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardlift.cluster.devices import Device, parse_devices
-from shardlift.cluster.plan import ModelOutline, Plan, PlanOptions, make_plan
+from shardlift.cluster.plan import DEVICE_MAPS, ModelOutline, Plan, PlanOptions, make_plan
 from shardlift.cluster.sizes import ModelSizes
 from shardlift.proto.v1.errors import InvalidDeviceMapError, InvalidRequestError, OutOfMemoryError
 from shardlift.worker.anatomy import FAMILIES, place_of
@@ -121,6 +122,25 @@ def test_num_stages_takes_the_largest_devices_in_their_order() -> None:
     assert used(plan([gpu(0, 90), gpu(1, 100), gpu(2, 200), gpu(3, 95)], num_stages=2)) == ["g/cuda:1", "g/cuda:2"]
 
 
+def test_num_stages_holds_for_every_strategy() -> None:
+    devices = [gpu(0), gpu(1, 70), gpu(2), gpu(3)]
+    assert layers_of(plan(devices, device_map="sequential", num_stages=3)) == [
+        ("g/cuda:0", 0, 4),
+        ("g/cuda:1", 4, 5),
+        ("g/cuda:2", 5, 6),
+    ]
+    assert used(plan(devices, device_map="balanced_low_0", num_stages=3)) == ["g/cuda:1", "g/cuda:2", "g/cuda:3"]
+    with pytest.raises(InvalidRequestError, match="num_stages=-1: write 1 or more"):
+        plan(devices, num_stages=-1)
+
+
+def test_low_0_puts_on_the_first_device_what_the_others_cannot_hold() -> None:
+    assert layers_of(plan([gpu(0), gpu(1, 72)], device_map="balanced_low_0")) == [
+        ("g/cuda:0", 0, 2),
+        ("g/cuda:1", 2, 6),
+    ]
+
+
 def test_num_stages_that_cannot_be() -> None:
     with pytest.raises(InvalidRequestError, match="num_stages=7, but the model has 6 layers"):
         plan([gpu(index) for index in range(8)], num_stages=7)
@@ -147,6 +167,8 @@ def test_max_memory() -> None:
         plan([gpu(0)], max_memory={"0": "0"})
     with pytest.raises(InvalidDeviceMapError, match="disk"):
         plan([gpu(0)], max_memory={"0": "1GiB", "disk": "1GiB"})
+    with pytest.raises(InvalidDeviceMapError, match="leaves no device"):
+        plan([gpu(0), gpu(1)], max_memory={"cpu": "64GiB"})
 
 
 def test_unknown_strategy() -> None:
@@ -155,8 +177,33 @@ def test_unknown_strategy() -> None:
 
 
 def test_too_large_a_model_is_refused_with_what_is_missing() -> None:
-    with pytest.raises(OutOfMemoryError, match=r"122 B .*1 device\(s\) give 121 B.*\(g/cuda:0\)"):
+    with pytest.raises(OutOfMemoryError, match=r"122 B.*1 device\(s\) give 121 B.*\(g/cuda:0\)"):
         plan([gpu(0, 121)])
+
+
+def test_reserved_tokens_and_workspace_need_room_too() -> None:
+    model = outline()
+    model = replace(model, sizes=replace(model.sizes, workspace_bytes=5))
+    made = plan([gpu(0, 169), gpu(1, 20)], model, reserve_tokens=2)
+    (stage,) = made.stages
+    assert (stage.resident_bytes, stage.workspace_bytes, stage.kv_bytes) == (122, 5, 2 * (1 + 2 + 3 + 4 + 5 + 6))
+    assert stage.kv_bytes_per_token == 21
+    for device_map in ("auto", "balanced_low_0", "sequential"):
+        with pytest.raises(OutOfMemoryError, match=r"169 B \(122 B resident, 42 B of keys and values for 2 tokens"):
+            plan([gpu(0, 168)], model, reserve_tokens=2, device_map=device_map)
+    with pytest.raises(OutOfMemoryError, match="puts 169 B"):
+        plan([gpu(0, 168)], model, reserve_tokens=2, by_module={"": "0"})
+    assert plan([gpu(0, 168)], model, reserve_tokens=1, by_module={"": "0"}).stages[0].kv_bytes == 21
+    for tokens in (-1, 1 << 41):
+        with pytest.raises(InvalidRequestError, match=f"reserve_tokens={tokens}"):
+            plan([gpu(0)], reserve_tokens=tokens)
+
+
+def test_the_circumstances_are_told_to_every_refusal() -> None:
+    model = replace(outline(), lighter=(("load_in_4bit", replace(outline().sizes, layers=((1, 1),) * LAYERS)),))
+    for asked in ({}, {"device_map": "sequential"}, {"device_map": "balanced_low_0"}, {"by_module": {"": "0"}}):
+        with pytest.raises(OutOfMemoryError, match=r"set load_in_4bit \(68 B.*raise max_memory"):
+            plan([gpu(0, 121)], model, max_memory={"0": "110"}, **asked)
 
 
 # ---- dicts -----------------------------------------------------------------------------------------------------------
@@ -222,6 +269,14 @@ def test_gpt2_by_its_own_names() -> None:
         ({"": "0", "model.layers.5": "1", "model.norm": "1"}, "puts lm_head on g/cuda:0, .* the last layer"),
         ({"": "0", "model.embed_tokens": "1"}, "puts model.embed_tokens on g/cuda:1, .* the first layer"),
         ({"": "0", "model.norm": "1"}, "puts model.norm on g/cuda:1"),
+        ({"": "0", "model.layers.": "0"}, "'model.layers.', which is no module"),
+        ({"": "0", "9" * 5000: "0"}, "which is no module"),
+        ({"": "9" * 5000}, "is no device"),
+        ({"": "cuda:0", "model": "0", "lm_head": "g/cuda:0", "model.norm": "1"}, "puts model.norm on g/cuda:1"),
+        (
+            {"": "0", "model.layers": "1", **{f"model.layers.{layer}": "0" for layer in range(LAYERS)}},
+            "puts model.layers on g/cuda:1, but longer prefixes put each module of it elsewhere",
+        ),
     ],
 )
 def test_a_map_that_cannot_be_met(by_module: Mapping[str, str], problem: str) -> None:
@@ -230,10 +285,34 @@ def test_a_map_that_cannot_be_met(by_module: Mapping[str, str], problem: str) ->
 
 
 def test_a_map_over_a_devices_memory() -> None:
-    with pytest.raises(OutOfMemoryError, match=r"122 B \(layers 0 to 5\) on g/cuda:0, of which 100 B"):
+    with pytest.raises(OutOfMemoryError, match=r"122 B \(layers 0 to 5 with .*\) on g/cuda:0, of which 100 B"):
         plan([gpu(0, 100), gpu(1)], by_module={"": "0"})
     with pytest.raises(OutOfMemoryError, match="of which 50 B"):
         plan([gpu(0), gpu(1)], by_module={"": "0"}, max_memory={"0": "50", "1": "1000"})
+
+
+def test_a_map_that_says_the_same_twice_is_a_map() -> None:
+    by_module = {"": "0", "model": "cuda:0", **{f"model.layers.{layer}": "g/cuda:0" for layer in range(LAYERS)}}
+    assert layers_of(plan([gpu(0), gpu(1)], by_module=by_module)) == [("g/cuda:0", 0, 6)]
+
+
+def test_no_strategy_and_no_map_cuts_where_none_may() -> None:
+    model = outline()
+    model = replace(model, sizes=replace(model.sizes, cuts=(True, False, True, False, False, True)))
+    for asked in DEVICE_MAPS[:4]:
+        assert {first for _, first, _ in layers_of(plan([gpu(0), gpu(1), gpu(2)], model, device_map=asked))} <= {
+            0,
+            2,
+            5,
+        }
+    with pytest.raises(InvalidRequestError, match="num_stages=4, but this model's layers can be cut into 3 stages"):
+        plan([gpu(index) for index in range(4)], model, num_stages=4)
+    ends = {"model.norm": "1", "lm_head": "1"}
+    by_module = {"": "0", **{f"model.layers.{layer}": "1" for layer in (3, 4, 5)}} | ends
+    with pytest.raises(InvalidDeviceMapError, match=r"cuts between model.layers.2 and model.layers.3, which must"):
+        plan([gpu(0), gpu(1)], model, by_module=by_module)
+    by_module["model.layers.2"] = "1"
+    assert layers_of(plan([gpu(0), gpu(1)], model, by_module=by_module)) == [("g/cuda:0", 0, 2), ("g/cuda:1", 2, 6)]
 
 
 def test_max_memory_does_not_renumber_the_devices_of_a_map() -> None:

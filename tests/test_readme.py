@@ -20,7 +20,10 @@ from shardlift.worker.anatomy import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = {"README.md": README, "architecture.md": (ROOT / "docs/architecture.md").read_text(encoding="utf-8")}
+DOCUMENTS = {
+    "README.md": README,
+    **{file.name: file.read_text(encoding="utf-8") for file in sorted((ROOT / "docs").glob("*.md"))},
+}
 SOURCE = "".join(
     file.read_text(encoding="utf-8") for area in ("client", "cluster", "worker") for file in (ROOT / area).rglob("*.py")
 )
@@ -110,7 +113,7 @@ def test_supported_models_are_the_families() -> None:
 def test_files_that_are_named_exist(document: str) -> None:
     text = DOCUMENTS[document]
     linked = [name for name in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in name]
-    folder = ROOT / "docs" if document == "architecture.md" else ROOT
+    folder = ROOT if document == "README.md" else ROOT / "docs"
     named = re.findall(r"`((?:client|cluster|worker|proto|tests|docs|demo)/[\w./]+)`", text)
     missing = [name for name in linked if not (folder / name).exists()]
     missing += [name for name in named if not (ROOT / name).exists()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -12,7 +13,7 @@ from bitsandbytes.nn import Int8Params, Linear8bitLt, Params4bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardlift.cluster.sizes import ITEM_BYTES, Item, Storage, parameter_bytes, sum_up
+from shardlift.cluster.sizes import ITEM_BYTES, Item, Storage, in_4bit, parameter_bytes, sum_up
 from shardlift.worker.anatomy import Cut, Place
 
 SHAPES = [(1, 1), (1, 3), (7, 9), (1, 64), (3, 43), (64, 64), (5, 127), (256, 129), (128, 512), (257, 64), (4, 64, 80)]
@@ -109,3 +110,41 @@ def test_a_stage_weighs_what_its_items_weigh(items: tuple[list[Item], int], tied
         sum(item.resident_bytes for item in held),
         sum(item.fetch_bytes for item in held),
     )
+
+
+def test_what_is_left_weighs_what_its_stages_weighed() -> None:
+    sizes = replace(
+        sum_up(
+            [
+                *(
+                    Item(name="", place=Place(part="layer", layer=layer), resident_bytes=9 + layer, fetch_bytes=1)
+                    for layer in range(5)
+                ),
+                Item(name="", place=Place(part="embedding"), resident_bytes=100, fetch_bytes=100),
+                Item(name="", place=Place(part="after"), resident_bytes=3, fetch_bytes=3),
+                Item(name="", place=Place(part="shared"), resident_bytes=1, fetch_bytes=0),
+            ],
+            5,
+            tied=True,
+            kv_bytes_per_token=(1, 2, 3, 4, 5),
+        ),
+        cuts=(True, False, True, True, False),
+    )
+    rest = sizes.from_layer(2)
+    for first in range(3):
+        for end in range(first + 1, 4):
+            assert rest.stage(first, end) == sizes.stage(first + 2, end + 2)
+            assert rest.kv_bytes(first, end, 7) == sizes.kv_bytes(first + 2, end + 2, 7)
+    assert [rest.may_begin(layer) for layer in range(3)] == [True, True, False]
+
+
+def test_in_4_bits_only_what_can_be_packed_is_lighter() -> None:
+    plain = Item(name="norm", place=Place(part="after"), resident_bytes=128, fetch_bytes=128)
+    weight = Item(
+        name="up", place=Place(part="layer", layer=0), resident_bytes=16384, fetch_bytes=16384, packed_shape=(64, 128)
+    )
+    for double in (False, True):
+        same, packed = in_4bit([plain, weight], double=double)
+        assert same == plain
+        assert packed.resident_bytes == parameter_bytes((64, 128), Storage(kind="4bit", double=double))
+        assert packed.fetch_bytes == 16384

@@ -16,7 +16,7 @@ from shardlift.cluster.plan import PlanOptions
 from shardlift.cluster.planning import ModelOptions, plan_model
 from shardlift.worker import loader
 from shardlift.worker.loader import LoadedStage, LoadProgress, load_stage
-from shardlift.worker.part_cache import PartCache, is_pinned, key_of
+from shardlift.worker.part_cache import PartCache, is_worth_keeping, key_of
 from shardlift.worker.records import FileVersion
 from shardlift.worker.spec import StageSpec
 from shardlift.worker.stage import StepInput
@@ -24,8 +24,7 @@ from tests.support.checkpoints import FAMILIES, tiny
 from tests.support.fingerprint import fingerprint
 
 BNB = {"quant_method": "bitsandbytes"}
-QUANTIZATIONS: dict[str, dict[str, Any] | None] = {
-    "none": None,
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "nf4": {**BNB, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "nf4+double": {**BNB, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "fp4": {**BNB, "load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"},
@@ -119,12 +118,19 @@ def test_a_tied_head_is_kept_once(checkpoint_of: Checkpoints, cache: PartCache, 
 
 
 def test_a_float32_checkpoint_is_kept_as_it_is_resident(checkpoint_of: Checkpoints, cache: PartCache) -> None:
-    [spec] = specs(checkpoint_of("llama", dtype="float32"), None, stages=1)
+    [spec] = specs(checkpoint_of("llama", dtype="float32"), NF4, stages=1)
     spec = replace(spec, dtype="bfloat16")
     cold = load(spec, cache)
     warm = load(spec, cache)
     assert warm.cached_bytes < 0.6 * spec.fetch_bytes
     check_equal(warm, cold)
+
+
+def test_a_part_that_is_not_quantized_is_not_kept(checkpoint_of: Checkpoints, cache: PartCache) -> None:
+    """It would be the checkpoint's own bytes once more."""
+    [spec] = specs(checkpoint_of("llama"), None, stages=1)
+    assert load(spec, cache).keep is None
+    assert cache.entries() == []
 
 
 def test_a_part_that_decayed_is_fetched_again_and_replaced(checkpoint_of: Checkpoints, cache: PartCache) -> None:
@@ -156,9 +162,9 @@ def test_a_part_of_other_names_is_fetched_again(checkpoint_of: Checkpoints, cach
 
 def test_a_file_without_a_version_is_not_kept(checkpoint_of: Checkpoints) -> None:
     [spec] = specs(checkpoint_of("llama"), NF4, stages=1)
-    assert is_pinned(spec)
+    assert is_worth_keeping(spec)
     file = next(iter(spec.versions))
-    assert not is_pinned(replace(spec, versions={**spec.versions, file: FileVersion(size_bytes=1, etag="")}))
+    assert not is_worth_keeping(replace(spec, versions={**spec.versions, file: FileVersion(size_bytes=1, etag="")}))
 
 
 CHANGES: dict[str, Callable[[StageSpec], StageSpec]] = {

@@ -51,10 +51,10 @@ class StageWorker:
         self._keeping: threading.Thread | None = None
 
     async def device(self) -> str:
-        """The device as the node counts it: "cuda:3" for the fourth GPU, whatever the process sees it as."""
-        if self._spec.device.startswith("cuda"):
-            return f"cuda:{ray.get_gpu_ids()[0]}"
-        return "cpu"
+        """The device as the node counts it: "cuda:3" for the fourth GPU, whatever the process sees it as; "cpu:3" for a
+        CPU worker in the place of one that is made up; "cpu"."""
+        kind, ids = self._spec.device.partition(":")[0], ray.get_gpu_ids()
+        return f"{kind}:{ids[0]}" if ids else kind
 
     async def load(self, token: HubToken) -> LoadReport:
         """Loads the stage and begins to serve it. Idempotent: a second call waits for the first one's report."""

@@ -42,6 +42,7 @@ _LLAMA = Anatomy()
 
 FAMILIES: dict[str, Anatomy] = {
     "cohere": _LLAMA,
+    "deepseek_v3": _LLAMA,
     "gemma3_text": _LLAMA,
     "glm4": _LLAMA,
     "gpt2": Anatomy(

@@ -13,11 +13,11 @@ import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..proto.v1.errors import CorruptCheckpointError, LoadCancelledError, one_line
+from ..proto.v1.errors import CorruptCheckpointError, LoadCancelledError, OutOfMemoryError, one_line
 from . import quantize_cpu
 from .anatomy import anatomy_of
 from .fetch import RecordStream
-from .part_cache import PartCache, is_pinned, key_of
+from .part_cache import PartCache, is_worth_keeping, key_of
 from .part_file import PartFile
 from .records import DTYPES, FileVersion, HubToken, TensorRecord
 from .residency import measure
@@ -106,10 +106,22 @@ def load_stage(spec: StageSpec, token: HubToken, progress: LoadProgress, cache: 
     """Loads the stage that `spec` describes, from `cache` if it is there.
 
     Holds no more of the checkpoint at a time than `spec.budget_bytes` and the tensor being converted. Raises the
-    errors of sources, headers and skeleton; a failed load leaves nothing on the device.
+    errors of sources, headers and skeleton, and OutOfMemoryError; a failed load leaves nothing on the device.
     """
+    try:
+        return _load(spec, token, progress, cache)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        text = one_line(error, 200)
+    # Here, where the traceback no longer holds what was loaded so far.
+    raise OutOfMemoryError(
+        f"{spec.device} has no room for stage {spec.index} of {spec.num_stages} ({text}): free memory there, quantize "
+        "to 4 bits, use more stages, or lower staging_budget"
+    )
+
+
+def _load(spec: StageSpec, token: HubToken, progress: LoadProgress, cache: PartCache | None) -> LoadedStage:
     quantize_cpu.install()
-    if not is_pinned(spec):
+    if not is_worth_keeping(spec):
         cache = None
     key = key_of(spec, _device_class(spec.device), _versions())
     part = cache.find(key) if cache is not None else None
@@ -177,6 +189,7 @@ def _build(spec: StageSpec, progress: LoadProgress) -> Skeleton:
             quantization=spec.quantization,
             device=spec.device,
             attn_implementation=spec.attn_implementation,
+            quantize_experts=spec.quantize_experts,
         )
         cut_skeleton(skeleton, spec.cut)
     return skeleton
@@ -190,8 +203,11 @@ def _load_records(
     key_map = KeyMap(skeleton)
     order = [records[key] for key in loading_order(list(records), key_map)]
     infos = {info.name: info for info in skeleton.parameters()}
-    targets = {key: infos.get(key_map(key)[0]) for key in records}
-    kept = {record.key for record in order if _is_kept(record, targets[record.key])}
+    places = {key: key_map(key) for key in records}
+    targets = {key: infos.get(target) for key, (target, _) in places.items()}
+    # Copied into their parameter, and cast by that, as they are read.
+    merged = {key for key, (_, pattern) in places.items() if key_map.merges(pattern)}
+    kept = {record.key for record in order if _is_kept(record, targets[record.key])} - merged
     progress.begin(order, is_cached=False)
     large = {key for key in kept if records[key].size_bytes >= _ALONE_BYTES}
     timeline = progress.timeline
@@ -202,7 +218,7 @@ def _load_records(
                 tensor = take(record)
                 target = targets[record.key]
                 dtype = tensor.dtype if target is None else dtype_by_name(target.dtype)
-                if dtype != tensor.dtype:
+                if dtype != tensor.dtype and record.key not in merged:
                     # What the loader would do next: here it is seen, and happens on the device.
                     with timeline.span(CAST, record.key, record.size_bytes):
                         return tensor.to(dtype)
@@ -329,6 +345,7 @@ def _about(spec: StageSpec) -> dict[str, object]:
         "commit": spec.source.commit,
         "layers": [spec.cut.first, spec.cut.end - 1],
         "quantization": dict(spec.quantization) if spec.quantization else None,
+        "quantize_experts": spec.quantize_experts,
         "dtype": spec.dtype,
         "device": _device_class(spec.device),
         **_versions(),

@@ -49,6 +49,7 @@ def key_of(spec: StageSpec, device_class: str, versions: Mapping[str, str]) -> s
         "cut": [spec.cut.first, spec.cut.end, spec.cut.num_layers],
         "config": spec.config,
         "quantization": spec.quantization,
+        "quantize_experts": spec.quantize_experts,
         "dtype": spec.dtype,
         "device": device_class,
         "versions": versions,
@@ -56,10 +57,13 @@ def key_of(spec: StageSpec, device_class: str, versions: Mapping[str, str]) -> s
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:40]
 
 
-def is_pinned(spec: StageSpec) -> bool:
-    """Whether its files' versions are known. Some stores tell none: what is kept could then be of another file of the
-    same size."""
-    return all(version.etag for version in spec.versions.values())
+def is_worth_keeping(spec: StageSpec) -> bool:
+    """Whether a part is smaller than what it is made of, and stays what it is.
+
+    No node keeps a checkpoint's own bytes. Some stores tell no version of a file: what is kept could then be of another
+    one of the same size.
+    """
+    return bool(spec.quantization) and all(version.etag for version in spec.versions.values())
 
 
 class PartCache:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Int8Params, Params4bit
 from torch import nn
 
+from .experts import Experts4bit
 from .spec import ModuleBytes
 from .tensors import dtype_name
 
@@ -18,12 +20,21 @@ def measure(model: nn.Module) -> tuple[ModuleBytes, ...]:
 
     Measure before the first forward: on CPUs with AVX512-BF16, bitsandbytes then repacks a 4-bit weight (its
     statistics become bf16, one per block: 0.531 bytes a parameter).
+
+    A layer's separate experts are one module here: in a large model they are tens of thousands, more than a message
+    holds.
     """
     seen: set[int] = set()
     modules = []
+    inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
+        if name.startswith(inside):
+            continue
+        parts = [module]
+        if isinstance(module, Experts4bit):
+            parts, inside = list(module.modules()), (f"{name}.",)
         size, dtypes, device = 0, [], ""
-        for tensor, label in _tensors(module):
+        for tensor, label in chain.from_iterable(map(_tensors, parts)):
             storage = tensor.untyped_storage()
             if not storage.nbytes() or storage.data_ptr() in seen:
                 continue

@@ -8,9 +8,10 @@ the canary for versions after.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,18 +21,23 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
     ConversionOps,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
     dot_natural_key,
     rename_source_key,
 )
+from transformers.initialization import no_init_weights
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.monkey_patching import patch_output_recorders
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import get_hf_quantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.generic import ContextManagers
 from transformers.utils.loading_report import LoadStateDictInfo
 
@@ -43,8 +49,10 @@ from ..proto.v1.errors import (
     one_line,
 )
 from .anatomy import Anatomy, Cut, Place, anatomy_of, place_of
+from .experts import PROJECTIONS, Experts4bit, by_expert, is_separable
+from .merge import MergedParameter, first_rows
 from .serialized import restore
-from .tensors import dtype_name
+from .tensors import dtype_by_name, dtype_name
 from .timeline import QUANTIZE, Timeline
 
 # A field that transformers 5.17 doesn't have.
@@ -70,13 +78,18 @@ class ParameterInfo:
 
 @dataclass
 class Skeleton:
-    """A whole `...ForCausalLM` on the meta device, its linear layers already those of the quantizer."""
+    """A whole `...ForCausalLM` on the meta device, its linear layers already those of the quantizer.
+
+    separate: paths of modules that an `Experts4bit` will stand for once tensors are loaded. Their parameters already go
+    by its names; its thousands of modules are not made to plan with.
+    """
 
     model: PreTrainedModel
     anatomy: Anatomy
     dtype: torch.dtype
     quantizer: Any
     weight_mapping: list[Any]
+    separate: frozenset[str] = frozenset()
 
     @property
     def base(self) -> nn.Module:
@@ -98,17 +111,29 @@ class Skeleton:
         for name, parameter in self.model.named_parameters():
             if name in tied:
                 continue
+            if self.is_separate(name):
+                for each, each_shape in by_expert(name, tuple(parameter.shape)):
+                    is_skipped = not should_convert_module(
+                        each.removesuffix(".weight"), self.quantizer.modules_to_not_convert
+                    )
+                    yield ParameterInfo(
+                        name=each,
+                        shape=each_shape,
+                        checkpoint_shape=each_shape,
+                        dtype=dtype_name(_kept_dtype(each, plan, parameter.dtype)),
+                        quantized="" if is_skipped else "4bit",
+                    )
+                continue
             module = self.model.get_submodule(name.rpartition(".")[0])
             quantized = _quantized(module) if name.endswith(".weight") else ""
             shape = tuple(parameter.shape)
             # As soon as bitsandbytes' module stands for it, whatever that keeps the weight in.
             transposed = name.endswith(".weight") and issubclass(getattr(module, "source_cls", object), Conv1D)
-            dtype = next((kept for pattern, kept in plan.items() if _matches(pattern, name)), parameter.dtype)
             yield ParameterInfo(
                 name=name,
                 shape=shape,
                 checkpoint_shape=shape[::-1] if transposed else shape,
-                dtype=dtype_name(dtype),
+                dtype=dtype_name(_kept_dtype(name, plan, parameter.dtype)),
                 quantized=quantized,
             )
         for name, buffer in self.model.named_buffers():
@@ -116,9 +141,27 @@ class Skeleton:
                 name=name,
                 shape=tuple(buffer.shape),
                 checkpoint_shape=tuple(buffer.shape),
-                dtype=dtype_name(buffer.dtype),
+                # One that the file holds (a router's bias) follows the plan, too.
+                dtype=dtype_name(_kept_dtype(name, plan, buffer.dtype)),
                 quantized="",
             )
+
+    def is_separate(self, name: str) -> bool:
+        """Whether `name` is one of a parameter of all experts that are going to be separated."""
+        return name.rpartition(".")[0] in self.separate
+
+    def tensor_names(self) -> set[str]:
+        """Every parameter and persistent buffer, tied ones too."""
+        return self._by_expert(self.model.state_dict())
+
+    def parameter_names(self) -> set[str]:
+        return self._by_expert(dict(self.model.named_parameters()))
+
+    def _by_expert(self, tensors: Mapping[str, torch.Tensor]) -> set[str]:
+        names = {name for name in tensors if not self.is_separate(name)}
+        for name in tensors.keys() - names:
+            names.update(each for each, _ in by_expert(name, tuple(tensors[name].shape)))
+        return names
 
     def module_names(self) -> list[str]:
         """The modules that a device map names: the base model's children, each layer, and the head."""
@@ -134,6 +177,9 @@ class Skeleton:
     def kv_elements_per_token(self) -> list[int]:
         """Elements of keys and values that each layer keeps for one token of one row."""
         config = self.model.config.get_text_config(decoder=True)
+        if latent := getattr(config, "kv_lora_rank", None):
+            # Multi-head latent attention keeps one compressed vector, and the rotary part of the keys.
+            return [latent + config.qk_rope_head_dim] * self.num_layers
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return [2 * heads * head_dim] * self.num_layers
@@ -167,10 +213,12 @@ def build_skeleton(
     quantization: Mapping[str, Any] | None = None,
     device: str = "cpu",
     attn_implementation: str | None = None,
+    quantize_experts: bool = False,
 ) -> Skeleton:
     """The whole model on the meta device, quantizable modules replaced. `config` is not kept.
 
     Which modules stay unquantized is decided here, on the whole model: decided on a slice it would change.
+    `quantize_experts`: to 4 bits those too that transformers merges into parameters of three dimensions.
     Raises UnsupportedModelError and InvalidRequestError.
     """
     config = type(config).from_dict(config.to_dict())
@@ -207,6 +255,8 @@ def build_skeleton(
         quantizer=quantizer,
         weight_mapping=get_model_conversion_mapping(model, None, quantizer),
     )
+    if quantize_experts:
+        _separate_experts(skeleton)
     _check_anatomy(skeleton)
     return skeleton
 
@@ -245,7 +295,14 @@ class KeyMap:
         self._prefix = skeleton.model.base_model_prefix
         self._renamings = [entry for entry in skeleton.weight_mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in skeleton.weight_mapping if isinstance(entry, WeightConverter)]
-        self._meta = skeleton.model.state_dict()
+        # As in the loader, where it is a dict of tensors of which it asks whether they are None.
+        self._meta = dict.fromkeys(skeleton.tensor_names(), True)
+        self._merging = {
+            pattern: converter
+            for converter in self._converters
+            for pattern in converter.source_patterns
+            if _merges(converter)
+        }
 
     def __call__(self, key: str) -> tuple[str, str | None]:
         """The parameter's name; and where the tensor is converted (merged, split, transposed) on the way there, the
@@ -258,6 +315,14 @@ class KeyMap:
     def __contains__(self, name: str) -> bool:
         return name in self._meta
 
+    def merges(self, pattern: str | None) -> bool:
+        """Whether tensors that go by `pattern` are copied into a parameter of many, and not kept."""
+        return pattern in self._merging
+
+    def sources(self, pattern: str | None) -> list[str]:
+        """All patterns that the parameter is merged of for which `pattern` is one, in their order; else none."""
+        return list(self._merging[pattern].source_patterns) if pattern in self._merging else []
+
 
 def unmatched_keys(skeleton: Skeleton, matched: set[str], unexpected: set[str]) -> tuple[set[str], set[str]]:
     """Parameters and kept buffers that no tensor is for, and `unexpected` tensors less those that may be ignored.
@@ -265,7 +330,7 @@ def unmatched_keys(skeleton: Skeleton, matched: set[str], unexpected: set[str]) 
     transformers knows which tensors an old checkpoint may have too many, and which buffers it may lack. A parameter
     may never be missing: it would be left random.
     """
-    missing = set(skeleton.model.state_dict()) - matched - set(skeleton.tied_weights)
+    missing = skeleton.tensor_names() - matched - set(skeleton.tied_weights)
     info = LoadStateDictInfo(
         missing_keys=set(missing),
         unexpected_keys=set(unexpected),
@@ -275,8 +340,7 @@ def unmatched_keys(skeleton: Skeleton, matched: set[str], unexpected: set[str]) 
         **_MORE_INFO,
     )
     skeleton.model._adjust_missing_and_unexpected_keys(info)
-    parameters = {name for name, _ in skeleton.model.named_parameters()}
-    return info.missing_keys | (missing & parameters), info.unexpected_keys
+    return info.missing_keys | (missing & skeleton.parameter_names()), info.unexpected_keys
 
 
 def _quantized(module: nn.Module) -> str:
@@ -284,6 +348,10 @@ def _quantized(module: nn.Module) -> str:
         return "4bit"
     # has_fp16_weights keeps the weight as it is, and quantizes at each forward.
     return "8bit" if isinstance(module, bnb.nn.Linear8bitLt) and not module.state.has_fp16_weights else ""
+
+
+def _kept_dtype(name: str, plan: Mapping[str, torch.dtype], otherwise: torch.dtype) -> torch.dtype:
+    return next((dtype for pattern, dtype in plan.items() if _matches(pattern, name)), otherwise)
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -294,11 +362,16 @@ def _matches(pattern: str, name: str) -> bool:
 def loading_order(keys: list[str], key_map: KeyMap) -> list[str]:
     """`keys` in the order in which `load_weights` takes them: target by target, and of a merged one pattern by pattern,
     each where its first key stands."""
+    return [key for patterns in _by_target(keys, key_map).values() for group in patterns.values() for key in group]
+
+
+def _by_target(keys: Iterable[str], key_map: KeyMap) -> dict[str, dict[str | None, list[str]]]:
+    """Target -> pattern -> keys, each in transformers' order."""
     targets: dict[str, dict[str | None, list[str]]] = {}
     for key in sorted(keys, key=dot_natural_key):
         target, pattern = key_map(key)
         targets.setdefault(target, {}).setdefault(pattern, []).append(key)
-    return [key for patterns in targets.values() for group in patterns.values() for key in group]
+    return targets
 
 
 class _PassThrough(nn.Module):
@@ -352,6 +425,7 @@ def cut_skeleton(skeleton: Skeleton, cut: Cut) -> None:
         for name, value in anatomy.neutral.items():
             assert hasattr(base, name), name
             setattr(base, name, value)
+    skeleton.separate = frozenset(path for path, _ in model.named_modules() if path in skeleton.separate)
 
 
 class LazyTensor:
@@ -381,8 +455,10 @@ def load_weights(
     Raises TensorMismatchError, which names tensors, unless every parameter got exactly its own: nothing is ever left
     randomly initialised.
     """
+    _make_separate_experts(skeleton)
     model, quantizer = skeleton.model, skeleton.quantizer
-    load_config = _load_config(skeleton, device)
+    tensors, weight_mapping = _streamed(skeleton, tensors, device)
+    load_config = _load_config(skeleton, device, weight_mapping)
     # Without quantization, transformers would take all tensors at once, by threads, in another order: what was fetched
     # would pile up before it is converted.
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
@@ -413,6 +489,7 @@ def restore_weights(
 
     Raises CorruptCheckpointError for a tensor missing or too many.
     """
+    _make_separate_experts(skeleton)
     model = skeleton.model
     restore(model, names, take, device, skip=skeleton.tied_weights)
     info = LoadStateDictInfo(
@@ -423,16 +500,16 @@ def restore_weights(
         error_msgs=[],
         **_MORE_INFO,
     )
-    return _finish(skeleton, _load_config(skeleton, device), info)
+    return _finish(skeleton, _load_config(skeleton, device, skeleton.weight_mapping), info)
 
 
-def _load_config(skeleton: Skeleton, device: str) -> LoadStateDictConfig:
+def _load_config(skeleton: Skeleton, device: str, weight_mapping: list[Any]) -> LoadStateDictConfig:
     return LoadStateDictConfig(
         device_map={"": device},
         dtype=skeleton.dtype,
         dtype_plan=skeleton.model._get_dtype_plan(skeleton.dtype),
         hf_quantizer=skeleton.quantizer,
-        weight_mapping=skeleton.weight_mapping,
+        weight_mapping=weight_mapping,
     )
 
 
@@ -450,6 +527,165 @@ def _finish(skeleton: Skeleton, load_config: LoadStateDictConfig, info: LoadStat
         if tensor.is_meta:
             raise TensorMismatchError(f"{name} was left without data by the loader")
     return model
+
+
+# ---- parameters that are merged of many tensors ----------------------------------------------------------------------
+
+
+def _merges(converter: WeightConverter) -> bool:
+    """Whether it stacks what it finds for "*", and at most joins the stacks of several sources, into one parameter."""
+    form = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
+    several = len(converter.source_patterns) > 1
+    return (
+        form == ([(MergeModulelist, 0), (Concatenate, 1)] if several else [(MergeModulelist, 0)])
+        and len(converter.target_patterns) == 1
+        and all(pattern.count("*") == 1 for pattern in converter.source_patterns)
+        and not getattr(converter, "force_cpu", False)
+    )
+
+
+def _streamed(
+    skeleton: Skeleton, tensors: Mapping[str, LazyTensor], device: str
+) -> tuple[dict[str, LazyTensor], list[Any]]:
+    """`tensors` and the weight mapping, changed so that a merged parameter is filled while its tensors are read.
+
+    transformers collects them, stacks them, and joins the stacks: up to three times the bytes of all of a layer's
+    experts. Where tensors are too few or misshapen it is left to do so, and to say what is wrong.
+    """
+    key_map = KeyMap(skeleton)
+    infos = {info.name: info for info in skeleton.parameters()}
+    merged: dict[str, MergedParameter] = {}
+    streamed = dict(tensors)
+    for target, groups in _by_target(tensors, key_map).items():
+        info, sources = infos.get(target), key_map.sources(next(iter(groups)))
+        if info is None or info.quantized or not sources:
+            continue
+        stacks = [[tuple(tensors[key].get_shape()) for key in groups.get(source, [])] for source in sources]
+        rows = first_rows(info.shape, stacks)
+        if len(groups) != len(sources) or rows is None:
+            continue
+        merged[target] = MergedParameter(info.shape, dtype_by_name(info.dtype), device, sum(map(len, stacks)))
+        for source, row in zip(sources, rows, strict=True):
+            for expert, key in enumerate(groups[source]):
+                streamed[key] = _placing(tensors[key], merged[target], expert, row)
+    mapping = []
+    for entry in skeleton.weight_mapping:
+        mapping.append(copy.copy(entry))
+        if isinstance(entry, WeightConverter) and _merges(entry):
+            mapping[-1].operations = [_TakeMerged(entry.operations, merged)]
+    return streamed, mapping
+
+
+def _placing(tensor: LazyTensor, merged: MergedParameter, expert: int, row: int) -> LazyTensor:
+    """`tensor` as one that puts itself in its place when it is read, and then is empty."""
+
+    def read() -> torch.Tensor:
+        merged.put(expert, row, tensor[...])
+        return torch.empty(0)
+
+    return LazyTensor(tensor.get_dtype(), tuple(tensor.get_shape()), read)
+
+
+class _TakeMerged(ConversionOps):
+    """Hands over a merged parameter that reading has filled; does as `operations` do where it has not."""
+
+    def __init__(self, operations: list[ConversionOps], merged: dict[str, MergedParameter]) -> None:
+        self._operations, self._merged = operations, merged
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _TakeMerged:
+        return self  # the loader copies converters for each of their tensors
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        merged = self._merged.pop(kwargs["full_layer_name"], None)
+        if merged is not None:
+            return {kwargs["target_patterns"][0]: merged.take()}
+        for operation in self._operations:
+            input_dict = operation.convert(input_dict, **kwargs)
+        return dict(input_dict)
+
+
+# ---- experts in 4 bits -----------------------------------------------------------------------------------------------
+
+
+def _separate_experts(skeleton: Skeleton) -> None:
+    """Has experts that would be merged, and so not be quantized, go by names of their own.
+
+    Raises InvalidRequestError unless the model is to be quantized to 4 bits.
+    """
+    quantizer = skeleton.quantizer
+    if not getattr(getattr(quantizer, "quantization_config", None), "load_in_4bit", False):
+        raise InvalidRequestError(
+            "quantize_experts=True quantizes experts to 4 bits as the rest of the model: it needs load_in_4bit=True"
+        )
+    converters = [entry for entry in skeleton.weight_mapping if isinstance(entry, WeightConverter)]
+    skeleton.separate = frozenset(
+        path
+        for path, module in skeleton.model.named_modules()
+        if is_separable(module)
+        and all(any(_merges_experts(each, f"{path}.{name}") for each in converters) for name in PROJECTIONS)
+        and should_convert_module(path, quantizer.modules_to_not_convert)
+    )
+    skeleton.weight_mapping = [
+        _MergeOrSeparate(entry, skeleton.separate, skeleton.model.base_model_prefix)
+        if any(_merges_experts(entry, f"{path}.{name}") for path in skeleton.separate for name in PROJECTIONS)
+        else entry
+        for entry in skeleton.weight_mapping
+    ]
+
+
+def _merges_experts(entry: Any, name: str) -> bool:
+    """Whether it makes the parameter `name` of a separable module, of tensors that are each one expert's projection."""
+    if not isinstance(entry, WeightConverter) or not _merges(entry):
+        return False
+    [target] = entry.target_patterns
+    parameter = name.rpartition(".")[2]
+    return (
+        name.endswith(target)
+        and target.endswith(f".{parameter}")
+        and len(entry.source_patterns) == len(PROJECTIONS[parameter])
+        and all(source.partition("*")[0] == target.removesuffix(parameter) for source in entry.source_patterns)
+    )
+
+
+class _MergeOrSeparate(WeightConverter):
+    """A converter that merges experts; those of the modules `separate` it renames instead."""
+
+    def __init__(self, converter: WeightConverter, separate: frozenset[str], base: str) -> None:
+        super().__init__(
+            list(converter._original_source_patterns),
+            list(converter._original_target_patterns),
+            operations=converter.operations,
+        )
+        self.scope_prefix, self.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
+        self.projections = PROJECTIONS[self.target_patterns[0].rpartition(".")[2]]
+        # A checkpoint of the base model alone lacks its prefix, which the loader adds to what comes of this.
+        self.separate = separate | {path.removeprefix(f"{base}.") for path in separate}
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        merged, pattern = super().rename_source_key(source_key)
+        path = merged.rpartition(".")[0]
+        if pattern is None or path not in self.separate:
+            return merged, pattern
+        before, _, after = pattern.partition("*")
+        expert = re.search(rf"{re.escape(before)}(\d+){re.escape(after)}", source_key)
+        if expert is None:
+            return source_key, None
+        projection = self.projections[self.source_patterns.index(pattern)]
+        return f"{path}.{expert[1]}.{projection}.weight", None
+
+
+def _make_separate_experts(skeleton: Skeleton) -> None:
+    """Puts modules in place for what has gone by their names so far."""
+    if not skeleton.separate:
+        return
+    model, quantizer = skeleton.model, skeleton.quantizer
+    # Random values cost time on the meta device, too.
+    with ContextManagers([*type(model).get_init_context(skeleton.dtype, True, False, False), no_init_weights()]):
+        for path in skeleton.separate:
+            model.set_submodule(path, Experts4bit(model.get_submodule(path)))
+        # What it replaced when the skeleton was built it leaves alone.
+        replace_with_bnb_linear(model, quantizer.modules_to_not_convert, quantizer.quantization_config)
+    skeleton.separate = frozenset()
 
 
 class _Timed(ConversionOps):
@@ -472,6 +708,9 @@ class _Timed(ConversionOps):
 def _check_loading_info(skeleton: Skeleton, info: Any) -> None:
     if info.conversion_errors:
         name, text = next(iter(sorted(info.conversion_errors.items())))
+        if "OutOfMemoryError" in text:
+            # The loader takes it for a defect of the tensor.
+            raise MemoryError(text.strip().splitlines()[-1])
         # The text begins with a traceback; its last lines say what happened.
         raise TensorMismatchError(f"tensors for {name} can't be converted: {one_line(Exception(text[-400:]))}")
     if info.mismatched_keys:

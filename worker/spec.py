@@ -23,6 +23,7 @@ class StageSpec:
     config, generation_config, quantization: as JSON objects; dtype: a torch dtype's name.
     secret: shared by the stages of this load alone.
     budget_bytes: memory for checkpoint bytes that are fetched but not yet converted.
+    quantize_experts: as for `skeleton.build_skeleton`.
     connections: reads at a time. use_cache: read and keep quantized parts on the node. trace: keep every span's times.
     """
 
@@ -45,6 +46,7 @@ class StageSpec:
     connections: int = 4
     use_cache: bool = True
     trace: bool = False
+    quantize_experts: bool = False
 
     @property
     def fetch_bytes(self) -> int:

@@ -85,7 +85,8 @@ class CudaStaging:
         with self._lock:
             self._slabs.clear()
         self._lagging.clear()
-        # torch keeps pinned memory for later; nothing here will pin as much again.
+        # torch keeps memory for later, of the copying stream for that stream alone; there is no later.
+        torch.cuda.empty_cache()
         getattr(torch._C, "_host_emptyCache", lambda: None)()
 
     def _slab(self) -> tuple[torch.Tensor, torch.cuda.Event]:

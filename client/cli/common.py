@@ -78,6 +78,13 @@ _CHECKPOINT_OPTIONS: list[Callable[[Any], Any]] = [
     click.option("--bnb-4bit-use-double-quant", is_flag=True, help="Quantize the scales, too."),
     click.option("--bnb-4bit-compute-dtype", help="[default: float32]"),
     click.option("--bnb-4bit-quant-storage", help="[default: uint8]"),
+    click.option(
+        "--quantize-experts",
+        is_flag=True,
+        default=None,
+        help="Quantize a mixture's experts, too (with --load-in-4bit).",
+    ),
+    click.option("--reserve-tokens", type=click.IntRange(min=0), help="Tokens whose keys and values must have room."),
     click.option("--num-stages", type=click.IntRange(min=1), help="[default: as many as the plan needs]"),
     click.option(
         "--device-map",
@@ -103,8 +110,10 @@ _AS_GIVEN = (
     "cache_dir",
     "trust_remote_code",
     "num_stages",
+    "reserve_tokens",
     "dtype",
     "attn_implementation",
+    "quantize_experts",
 )
 _BNB_4BIT = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
 
@@ -116,6 +125,8 @@ def _quantization(values: Mapping[str, Any]) -> dict[str, Any] | None:
         raise click.UsageError("--load-in-4bit and --load-in-8bit can't both be given.")
     if details and not in_4bit:
         raise click.UsageError(f"--{next(iter(details)).replace('_', '-')} needs --load-in-4bit.")
+    if values.get("quantize_experts") and not in_4bit:
+        raise click.UsageError("--quantize-experts needs --load-in-4bit.")
     if not in_4bit and not in_8bit:
         return None
     return {"quant_method": "bitsandbytes", "load_in_4bit": in_4bit, "load_in_8bit": in_8bit, **details}

@@ -11,11 +11,12 @@ from typing import Any
 import click
 from google.protobuf import json_format
 
-from ...proto.v1 import status
+from ...proto.v1 import registry_pb2, status
 from ...proto.v1.errors import InternalError
 from .. import options
 from ..hub_token import hub_token
 from ..instance import last_json_line
+from ..plan_svg import plan_svg
 from ..render import show_plan
 from ..values import Plan
 from .common import as_json, checkpoint, checkpoint_arguments, gateway, open_client, print_json
@@ -27,18 +28,36 @@ from .common import as_json, checkpoint, checkpoint_arguments, gateway, open_cli
 @click.option(
     "--devices", help="Plan without a cluster, for devices such as 8x80GiB, or those of a topology file (JSON)."
 )
+@click.option(
+    "--link-speed", help="From the source to each node, e.g. 1.2GB/s or 10Gbit/s. [default: as last measured]"
+)
+@click.option("--svg", type=click.Path(dir_okay=False), help="Also draw the cluster with the model laid over it.")
 @gateway
 @as_json
 def plan(
-    path: str, devices: str | None, address: str | None, token_file: str | None, json_: bool, **values: Any
+    path: str,
+    devices: str | None,
+    svg: str | None,
+    link_speed: str | None,
+    address: str | None,
+    token_file: str | None,
+    json_: bool,
+    **values: Any,
 ) -> None:
     """Works out which layers of the checkpoint PATH would go where, from its headers alone."""
     arguments = checkpoint_arguments(values)
+    if link_speed is not None:
+        arguments["link_speed"] = link_speed
     if devices is None:
         with open_client(address, token_file) as client:
             found = client.plan(path, **arguments)
     else:
         found = _offline(path, devices, arguments)
+    if svg is not None:
+        try:
+            Path(svg).write_text(plan_svg(found), encoding="utf-8")
+        except OSError as error:
+            raise click.UsageError(f"the picture can't be written to {svg}: {error.strerror}.") from None
     if json_:
         print_json(found.to_dict())
     else:
@@ -62,7 +81,7 @@ def _offline(path: str, devices: str, arguments: dict[str, Any]) -> Plan:
         raise InternalError(f"the planner ended with {done.returncode}: {last[:300]}")
     if "error" in answer:
         raise status.from_reason(str(answer["error"]), str(answer.get("message", "")))
-    return Plan.from_dict(answer)
+    return Plan.from_proto(json_format.ParseDict(answer, registry_pb2.Plan(), ignore_unknown_fields=True))
 
 
 def _as_dict(message: Any) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class ModelSource(_message.Message):
     def __init__(self, path: _Optional[str] = ..., revision: _Optional[str] = ..., subfolder: _Optional[str] = ..., variant: _Optional[str] = ..., token: _Optional[str] = ..., hub_endpoint: _Optional[str] = ..., cache_dir: _Optional[str] = ..., trust_remote_code: _Optional[bool] = ...) -> None: ...
 
 class LoadOptions(_message.Message):
-    __slots__ = ("quantization_config_json", "dtype", "attn_implementation", "config_json", "config_overrides_json", "device_map", "device_map_by_module", "max_memory", "num_stages", "staging_budget", "connections", "without_cache", "trace")
+    __slots__ = ("quantization_config_json", "dtype", "attn_implementation", "config_json", "config_overrides_json", "device_map", "device_map_by_module", "max_memory", "num_stages", "staging_budget", "connections", "without_cache", "trace", "quantize_experts", "reserve_tokens", "link_speed")
     class DeviceMapByModuleEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +69,9 @@ class LoadOptions(_message.Message):
     CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
     WITHOUT_CACHE_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZE_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    RESERVE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LINK_SPEED_FIELD_NUMBER: _ClassVar[int]
     quantization_config_json: str
     dtype: str
     attn_implementation: str
@@ -82,7 +85,10 @@ class LoadOptions(_message.Message):
     connections: int
     without_cache: bool
     trace: bool
-    def __init__(self, quantization_config_json: _Optional[str] = ..., dtype: _Optional[str] = ..., attn_implementation: _Optional[str] = ..., config_json: _Optional[str] = ..., config_overrides_json: _Optional[str] = ..., device_map: _Optional[str] = ..., device_map_by_module: _Optional[_Mapping[str, str]] = ..., max_memory: _Optional[_Mapping[str, str]] = ..., num_stages: _Optional[int] = ..., staging_budget: _Optional[str] = ..., connections: _Optional[int] = ..., without_cache: _Optional[bool] = ..., trace: _Optional[bool] = ...) -> None: ...
+    quantize_experts: bool
+    reserve_tokens: int
+    link_speed: str
+    def __init__(self, quantization_config_json: _Optional[str] = ..., dtype: _Optional[str] = ..., attn_implementation: _Optional[str] = ..., config_json: _Optional[str] = ..., config_overrides_json: _Optional[str] = ..., device_map: _Optional[str] = ..., device_map_by_module: _Optional[_Mapping[str, str]] = ..., max_memory: _Optional[_Mapping[str, str]] = ..., num_stages: _Optional[int] = ..., staging_budget: _Optional[str] = ..., connections: _Optional[int] = ..., without_cache: _Optional[bool] = ..., trace: _Optional[bool] = ..., quantize_experts: _Optional[bool] = ..., reserve_tokens: _Optional[int] = ..., link_speed: _Optional[str] = ...) -> None: ...
 
 class PlanModelRequest(_message.Message):
     __slots__ = ("source", "options")
@@ -179,7 +185,7 @@ class StageProgress(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., fetch_bytes: _Optional[int] = ..., tensors_loaded: _Optional[int] = ..., tensors: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., done: _Optional[bool] = ..., bytes_per_second: _Optional[float] = ..., seconds_left: _Optional[float] = ..., cached: _Optional[bool] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("model", "quantization", "total_resident_bytes", "total_fetch_bytes", "stages", "dtype", "commit")
+    __slots__ = ("model", "quantization", "total_resident_bytes", "total_fetch_bytes", "stages", "dtype", "commit", "devices", "predicted_load_seconds", "load_bottleneck", "load_bottleneck_stage", "link_bytes_per_second", "link_is_measured")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     TOTAL_RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -187,6 +193,12 @@ class Plan(_message.Message):
     STAGES_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_LOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_BOTTLENECK_FIELD_NUMBER: _ClassVar[int]
+    LOAD_BOTTLENECK_STAGE_FIELD_NUMBER: _ClassVar[int]
+    LINK_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    LINK_IS_MEASURED_FIELD_NUMBER: _ClassVar[int]
     model: str
     quantization: str
     total_resident_bytes: int
@@ -194,10 +206,26 @@ class Plan(_message.Message):
     stages: _containers.RepeatedCompositeFieldContainer[StagePlan]
     dtype: str
     commit: str
-    def __init__(self, model: _Optional[str] = ..., quantization: _Optional[str] = ..., total_resident_bytes: _Optional[int] = ..., total_fetch_bytes: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StagePlan, _Mapping]]] = ..., dtype: _Optional[str] = ..., commit: _Optional[str] = ...) -> None: ...
+    devices: _containers.RepeatedCompositeFieldContainer[DeviceCapacity]
+    predicted_load_seconds: float
+    load_bottleneck: str
+    load_bottleneck_stage: int
+    link_bytes_per_second: float
+    link_is_measured: bool
+    def __init__(self, model: _Optional[str] = ..., quantization: _Optional[str] = ..., total_resident_bytes: _Optional[int] = ..., total_fetch_bytes: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StagePlan, _Mapping]]] = ..., dtype: _Optional[str] = ..., commit: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[DeviceCapacity, _Mapping]]] = ..., predicted_load_seconds: _Optional[float] = ..., load_bottleneck: _Optional[str] = ..., load_bottleneck_stage: _Optional[int] = ..., link_bytes_per_second: _Optional[float] = ..., link_is_measured: _Optional[bool] = ...) -> None: ...
+
+class DeviceCapacity(_message.Message):
+    __slots__ = ("node", "device", "capacity_bytes")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    device: str
+    capacity_bytes: int
+    def __init__(self, node: _Optional[str] = ..., device: _Optional[str] = ..., capacity_bytes: _Optional[int] = ...) -> None: ...
 
 class StagePlan(_message.Message):
-    __slots__ = ("index", "node", "device", "first_layer", "last_layer", "resident_bytes", "fetch_bytes", "kv_bytes_per_token", "capacity_bytes", "modules")
+    __slots__ = ("index", "node", "device", "first_layer", "last_layer", "resident_bytes", "fetch_bytes", "kv_bytes_per_token", "capacity_bytes", "modules", "workspace_bytes", "kv_bytes", "predicted_load_seconds")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -208,6 +236,9 @@ class StagePlan(_message.Message):
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
     MODULES_FIELD_NUMBER: _ClassVar[int]
+    WORKSPACE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_LOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
     index: int
     node: str
     device: str
@@ -218,7 +249,10 @@ class StagePlan(_message.Message):
     kv_bytes_per_token: int
     capacity_bytes: int
     modules: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, index: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., fetch_bytes: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., modules: _Optional[_Iterable[str]] = ...) -> None: ...
+    workspace_bytes: int
+    kv_bytes: int
+    predicted_load_seconds: float
+    def __init__(self, index: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., fetch_bytes: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., modules: _Optional[_Iterable[str]] = ..., workspace_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., predicted_load_seconds: _Optional[float] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
     __slots__ = ("name", "state", "plan", "residency", "config_json", "generation_config_json", "path", "reason", "load_seconds")

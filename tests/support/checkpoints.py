@@ -150,6 +150,25 @@ FAMILIES: dict[str, Family] = {
         config={"n_inner": 2 * _HIDDEN, "scale_attn_by_inverse_layer_idx": True},
         drop=("num_key_value_heads", "intermediate_size"),
     ),
+    # The first layer is dense, the others have experts; keys and values are latents of one head.
+    "deepseek_v3": Family(
+        config_class="DeepseekV3Config",
+        config={
+            "num_key_value_heads": _HEADS,
+            "kv_lora_rank": 64,
+            "q_lora_rank": 64,
+            "qk_rope_head_dim": 2 * _HEAD_DIM,
+            "qk_nope_head_dim": _HEAD_DIM,
+            "v_head_dim": _HEAD_DIM,
+            "moe_intermediate_size": _HIDDEN,
+            "n_routed_experts": 8,
+            "n_group": 2,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "first_k_dense_replace": 1,
+            "num_mtp_layers": 0,
+        },
+    ),
     "mixtral": Family(config_class="MixtralConfig", config={"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": Family(
         config_class="Qwen3MoeConfig",
@@ -197,6 +216,6 @@ def tiny(
 def _perturb_vectors(model: torch.nn.Module) -> None:
     """Norm weights start as ones and biases as zeros: a loader that lost one would pass unnoticed."""
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        for tensor in model.state_dict().values():
+            if tensor.ndim == 1 and tensor.is_floating_point():
+                tensor.add_(torch.randn_like(tensor), alpha=0.1)

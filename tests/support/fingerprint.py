@@ -22,6 +22,6 @@ def fingerprint(model: torch.nn.Module) -> dict[str, str]:
 
 
 def _hash(tensor: torch.Tensor) -> str:
-    flat = tensor.detach().contiguous().reshape(-1)
+    flat = tensor.detach().contiguous().reshape(-1).cpu()
     data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
     return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + data).hexdigest()

@@ -34,11 +34,17 @@ def specs(
     quantization: Mapping[str, Any] | None = None,
     dtype: str = "auto",
     attn_implementation: str | None = None,
+    quantize_experts: bool = False,
     device: str = "cpu",
 ) -> list[StageSpec]:
     """Specs of the stages that end before the layers `ends`; the last one takes the rest. All on one device."""
     ends = [*ends, -1]
-    options = ModelOptions(dtype=dtype, quantization=quantization, attn_implementation=attn_implementation)
+    options = ModelOptions(
+        dtype=dtype,
+        quantization=quantization,
+        attn_implementation=attn_implementation,
+        quantize_experts=quantize_experts,
+    )
     request = CheckpointRequest(path=str(folder))
     layers = len(
         plan_model(request, None, options, PlanOptions(), parse_devices("1TiB")).outlined.layout.outline.sizes.layers
