@@ -85,7 +85,7 @@ def main() -> None:
 
     results: dict[int, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="shardlift-bench-") as home:
-        os.environ["SHARDLIFT_HOME"] = home
+        os.environ["SHARDLIFT_HOME"], os.environ["SHARDLIFT_CACHE"] = home, "off"
         running = instance.start(port=0)
         try:
             with connect(running.address) as client:

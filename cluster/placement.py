@@ -210,10 +210,10 @@ async def _stop(worker: Any) -> None:
 
 
 def _bundle(stage: PlannedStage) -> dict[str, float]:
-    """What Ray sets aside for a stage: its GPU, or as much of the node's memory as it will hold."""
+    """What Ray sets aside for a stage: its GPU, or as much of the node's memory as the plan counts on."""
     if stage.device.slots:
         return {"GPU": stage.device.slots}
-    return {"memory": stage.resident_bytes}
+    return {"memory": stage.resident_bytes + stage.workspace_bytes + stage.kv_bytes}
 
 
 async def call(reference: Any, what: str) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -14,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from . import gpu_ids
 from .devices import Device
+from .gpu_speeds import bandwidth
 
 # Of a GPU's free memory: the rest is for the CUDA context, workspace and fragmentation.
 _USABLE_PART = 0.9
@@ -37,6 +39,7 @@ def discover(held: Collection[str] = ()) -> list[Device]:
     addresses = Counter(node["NodeManagerAddress"] for node in nodes)
     gpus = _probe_gpus([node["NodeID"] for node in nodes if node["Resources"].get("GPU")])
     devices: list[Device] = []
+    names: dict[str, str] = {}
     for node in nodes:
         node_id, total = node["NodeID"], node["Resources"]
         free = available.get(node_id, {})
@@ -46,10 +49,20 @@ def discover(held: Collection[str] = ()) -> list[Device]:
         memory = int(free.get("memory", 0))
         if total.get("GPU"):
             ids = _free_ids(name, node_id, int(total["GPU"]), int(free.get("GPU", 0)), held)
-            devices += _gpu_devices(name, node_id, int(total["GPU"]), ids, gpus[node_id], memory)
+            found = gpus[node_id]
+            devices += _gpu_devices(name, node_id, int(total["GPU"]), ids, [gpu.free_bytes for gpu in found], memory)
+            names |= {f"{name}/cuda:{index}": gpu.name for index, gpu in enumerate(found)}
         elif total.get("CPU") and memory:
             devices.append(Device(node=name, node_id=node_id, name="cpu", kind="cpu", capacity_bytes=memory))
-    return devices
+    return with_speeds(devices, names)
+
+
+def with_speeds(devices: Sequence[Device], names: Mapping[str, str]) -> list[Device]:
+    """`devices` with the speed of each GPU, where that of all is known by its name (`names`: path -> name)."""
+    known = {device.path: bandwidth(names.get(device.path, "")) for device in devices if device.kind == "cuda"}
+    if not all(known.values()):
+        return list(devices)
+    return [replace(device, speed=known.get(device.path) or device.speed) for device in devices]
 
 
 def _order(node: dict[str, Any]) -> tuple[list[tuple[int, str]], str]:
@@ -91,9 +104,15 @@ def _gpu_devices(
     ]
 
 
-def _probe_gpus(node_ids: list[str]) -> dict[str, list[int]]:
-    """Free bytes of each CUDA GPU of each node; an empty list where there is none."""
-    probe = ray.remote(num_cpus=0, max_retries=0)(_free_gpu_bytes)
+@dataclass(frozen=True, slots=True)
+class _Gpu:
+    free_bytes: int
+    name: str
+
+
+def _probe_gpus(node_ids: list[str]) -> dict[str, list[_Gpu]]:
+    """Each CUDA GPU of each node; an empty list where there is none."""
+    probe = ray.remote(num_cpus=0, max_retries=0)(_own_gpus)
     references = [
         probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote()
         for node_id in node_ids
@@ -101,11 +120,16 @@ def _probe_gpus(node_ids: list[str]) -> dict[str, list[int]]:
     return dict(zip(node_ids, ray.get(references, timeout=_PROBE_TIMEOUT_S), strict=True))
 
 
-def _free_gpu_bytes() -> list[int]:
+def _own_gpus() -> list[_Gpu]:
     # The driver's own tool: asking torch would open a context on every GPU, and Ray hides GPUs from this task.
-    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", "--query-gpu=memory.free,name", "--format=csv,noheader,nounits"]
     try:
         output = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return [int(line) << 20 for line in output.split()]
+    lines = [line.partition(",") for line in output.splitlines() if line.strip()]
+    # "[N/A]" where the driver doesn't tell: such a GPU can't be planned for.
+    return [
+        _Gpu(free_bytes=int(free) << 20 if free.strip().isdecimal() else 0, name=name.strip())
+        for free, _, name in lines
+    ]

@@ -159,6 +159,7 @@ def _prepare_environment(home: Path, hub_endpoint: str) -> None:
         os.environ.pop(name, None)
     os.environ |= {
         "SHARDLIFT_HOME": str(home / "shardlift"),
+        "SHARDLIFT_CACHE": "off",  # every time the whole way
         "HF_ENDPOINT": hub_endpoint,
         "HF_HOME": str(home / "hf"),
         "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -30,6 +30,7 @@ from shardlift.worker.skeleton import (
     loading_order,
     parse_config,
 )
+from shardlift.worker.stage import StepInput
 from tests.support.checkpoints import FAMILIES, tiny
 
 QUANTIZATIONS: dict[str, dict[str, Any] | None] = {
@@ -440,6 +441,18 @@ def test_an_explicit_dtype_is_what_becomes_resident(checkpoint_of: Checkpoints, 
         assert stage.kv_bytes_per_token == stage.cut.end * 0 + sum(
             2 * 2 * 16 * getattr(torch, dtype).itemsize for _ in range(stage.cut.first, stage.cut.end)
         )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predicted_keys_and_values_are_what_a_stage_keeps(checkpoint_of: Checkpoints, family: str) -> None:
+    plan = planned(checkpoint_of(family), stages=1)
+    [stage], [result] = plan.plan.stages, loaded(plan)
+    rows, length = 3, 8
+    cache = result.stage.new_cache()
+    ids = torch.arange(1, length + 1).expand(rows, -1)
+    positions = torch.arange(length)[None]
+    result.stage.forward(StepInput(input=ids, attention_mask=None, position_ids=positions), cache)
+    assert cache.size_bytes == stage.kv_bytes_per_token * rows * length
 
 
 def test_quantization_in_a_word() -> None:
