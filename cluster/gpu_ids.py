@@ -17,6 +17,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..proto.v1.errors import OutOfMemoryError, one_line
+from ..worker import own_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def ids_of(bundles: Sequence[tuple[PlacementGroup, int]]) -> list[int]:
 
     Raises OutOfMemoryError.
     """
-    probe = ray.remote(num_cpus=0, num_gpus=1, max_retries=0)(_own_id)
+    probe = ray.remote(num_cpus=0, num_gpus=1, max_retries=0)(_own_number)
     references = [
         probe.options(
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
@@ -92,5 +93,7 @@ def release(groups: Any) -> None:
             remove_placement_group(group)
 
 
-def _own_id() -> int:
-    return int(ray.get_gpu_ids()[0])
+def _own_number() -> int:
+    number = own_gpus.own()
+    assert number is not None
+    return number

@@ -56,12 +56,16 @@ def _clear() -> int:
 
 
 def _identity(folder: Path) -> str:
-    """The same for raylets of one machine."""
+    """The same for raylets that share it; containers of one machine have their own."""
     try:
         machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         machine = socket.gethostname()
-    return f"{machine}:{folder}"
+    try:
+        status = folder.stat()
+    except OSError:
+        return f"{machine}:{folder}"
+    return f"{machine}:{status.st_dev}:{status.st_ino}"
 
 
 def _on_every_node(function: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -95,8 +95,8 @@ async def place(plan: Plan, specs: Sequence[StageSpec], card: bytes, placement: 
     for index, stage in enumerate(plan.stages):
         if stage.device.slots and gpus[stage.device.node_id] > 1:
             of_node.setdefault(stage.device.node_id, []).append(index)
-    for node_id, stages in of_node.items():
-        await _match(plan, placement, node_id, stages, gpus[node_id])
+    if of_node:
+        await _match(plan, placement, of_node, gpus)
     assert placement.group is not None
     for stage, spec in zip(plan.stages, specs, strict=True):
         bundle = placement.bundles[spec.index]
@@ -119,27 +119,59 @@ async def _set_aside(plan: Plan, placement: Placement) -> None:
         )
 
 
-async def _match(plan: Plan, placement: Placement, node_id: str, stages: Sequence[int], most: int) -> None:
-    """Gives each of these stages, all on one node of `most` GPUs, the bundle that holds its GPU."""
-    assert placement.group is not None
-    wanted = {int(plan.stages[index].device.name.rpartition(":")[2]): index for index in stages}
-    found = await _blocking(gpu_ids.ids_of, [(placement.group, bundle) for bundle in stages])
-    if set(found) != set(wanted):
-        # Ray picked others: what it may pick from must be what is wanted.
+async def _match(
+    plan: Plan, placement: Placement, of_node: Mapping[str, Sequence[int]], gpus: Mapping[str, int]
+) -> None:
+    """Gives each stage of these nodes, which have several GPUs, the bundle that holds its own one."""
+    wanted = {node_id: {_number(plan, index): index for index in stages} for node_id, stages in of_node.items()}
+    found = await _numbers(placement, of_node)
+    if any(set(found[node_id]) != set(wanted[node_id]) for node_id in of_node):
+        # Ray picked others. It picks anew, on every node, when what it may pick from is what is wanted.
+        assert placement.group is not None
         await _remove(placement.group)
-        others = await _blocking(gpu_ids.hold_all_but, node_id, set(wanted), most)
+        others: list[PlacementGroup] = []
         try:
+            for node_id in of_node:
+                others += await _held(node_id, set(wanted[node_id]), gpus[node_id])
             await _set_aside(plan, placement)
         finally:
             await _blocking(gpu_ids.release, others)
-        found = await _blocking(gpu_ids.ids_of, [(placement.group, bundle) for bundle in stages])
-        if set(found) != set(wanted):
+        found = await _numbers(placement, of_node)
+    for node_id, stages in of_node.items():
+        if set(found[node_id]) != set(wanted[node_id]):
             raise OutOfMemoryError(
-                f"Ray gave GPUs {sorted(found)} of {plan.stages[stages[0]].device.node} and not {sorted(wanted)}: "
-                "something else took them meanwhile; load again"
+                f"Ray gave GPUs {sorted(found[node_id])} of {plan.stages[stages[0]].device.node} and not "
+                f"{sorted(wanted[node_id])}: something else took them meanwhile; load again"
             )
-    for bundle, number in zip(stages, found, strict=True):
-        placement.bundles[wanted[number]] = bundle
+        for bundle, number in zip(stages, found[node_id], strict=True):
+            placement.bundles[wanted[node_id][number]] = bundle
+
+
+async def _numbers(placement: Placement, of_node: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """The GPUs that the bundles hold, by node."""
+    bundles = [(placement.group, bundle) for stages in of_node.values() for bundle in stages]
+    found = iter(await _blocking(gpu_ids.ids_of, bundles))
+    return {node_id: [next(found) for _ in stages] for node_id, stages in of_node.items()}
+
+
+async def _held(node_id: str, wanted: set[int], most: int) -> list[PlacementGroup]:
+    """As `gpu_ids.hold_all_but`; if nobody waits for it any more, what it has got is given back."""
+
+    def give_back(done: asyncio.Future[list[PlacementGroup]]) -> None:
+        if done.exception() is None:
+            gpu_ids.release(done.result())
+
+    holding = asyncio.ensure_future(_blocking(gpu_ids.hold_all_but, node_id, wanted, most))
+    try:
+        return await asyncio.shield(holding)
+    except asyncio.CancelledError:
+        holding.add_done_callback(give_back)
+        raise
+
+
+def _number(plan: Plan, index: int) -> int:
+    """Of a stage's GPU: "cuda:3" is 3."""
+    return int(plan.stages[index].device.name.rpartition(":")[2])
 
 
 async def place_again(plan: Plan, spec: StageSpec, card: bytes, placement: Placement, attempt: int) -> None:
@@ -156,6 +188,9 @@ async def place_again(plan: Plan, spec: StageSpec, card: bytes, placement: Place
         )
     assert placement.group is not None
     bundle = placement.bundles[spec.index]
+    with contextlib.suppress(Exception):
+        # Ray may only have lost sight of it: two workers must not hold one stage.
+        ray.kill(placement.workers[spec.index], no_restart=True)
     worker = placement.workers[spec.index] = _start(placement.group, bundle, stage, spec, card, attempt)
     try:
         await asyncio.wait_for(call(worker.device.remote(), f"stage {spec.index}"), _PLACE_TIMEOUT_S)

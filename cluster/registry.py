@@ -39,6 +39,7 @@ _DESCRIBE_TIMEOUT_S = 30.0
 _CHECK_TIMEOUT_S = 10.0
 # Progress that nobody reads is dropped beyond this; what must arrive is told all the same.
 _MAX_WAITING_EVENTS = 1000
+_MAX_WAITING_PIECES = 64  # of a timeline, a MiB each
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Entry:
     tokenizing: asyncio.Lock = field(default_factory=asyncio.Lock)
     discarding: asyncio.Task[None] | None = None
     checking: asyncio.Task[None] | None = None
+    is_listened_to: bool = True
 
 
 class Registry:
@@ -132,7 +134,8 @@ class Registry:
     async def plan(self, source: registry_pb2.ModelSource, options: registry_pb2.LoadOptions) -> registry_pb2.Plan:
         outlined = await _outline(source, options)
         speeds = requests.given_speeds(options, self._speeds.of(outlined.checkpoint.source))
-        return (await self._spread(outlined, options)).plan.to_message(speeds)
+        async with self._placing:  # both may hold GPUs for a moment, to learn which are free
+            return (await self._spread(outlined, options)).plan.to_message(speeds)
 
     async def _spread(self, outlined: OutlinedModel, options: registry_pb2.LoadOptions) -> PlannedModel:
         held = {f"{stage.node}/{stage.device}" for entry in self._entries.values() for stage in entry.info.plan.stages}
@@ -164,6 +167,7 @@ class Registry:
                 raise LoadCancelledError(f"loading {name} was cancelled by an unload")
             entry.load.result()
         finally:
+            entry.is_listened_to = False
             if entry.info.state != registry_pb2.MODEL_STATE_READY:
                 await self._discard(entry)
 
@@ -226,10 +230,16 @@ class Registry:
         ready.state = registry_pb2.MODEL_STATE_READY
         card = ready.SerializeToString()
         await asyncio.gather(*(call(worker.set_card.remote(card), "a stage") for worker in placement.workers))
-        if transfer.trace:
-            async for piece in loads.traces(placement.workers):
-                tell(trace=piece)
         self._set_state(entry, registry_pb2.MODEL_STATE_READY)
+        if transfer.trace:
+            try:
+                async for piece in loads.traces(placement.workers):
+                    tell(trace=piece)
+                    while events.qsize() > _MAX_WAITING_PIECES and entry.is_listened_to:
+                        await asyncio.sleep(0.05)
+            except Exception as error:
+                # The model is there; its trace is not worth losing it.
+                tell(warning=f"the timeline is incomplete: {one_line(error)}")
         tell(ready=info)
 
     # -- unloading -------------------------------------------------------------------------------------------------

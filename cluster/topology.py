@@ -13,6 +13,7 @@ import ray
 from ray._private.state import available_resources_per_node
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ..worker import own_gpus
 from . import gpu_ids
 from .devices import Device
 from .gpu_speeds import bandwidth
@@ -122,14 +123,15 @@ def _probe_gpus(node_ids: list[str]) -> dict[str, list[_Gpu]]:
 
 def _own_gpus() -> list[_Gpu]:
     # The driver's own tool: asking torch would open a context on every GPU, and Ray hides GPUs from this task.
-    command = ["nvidia-smi", "--query-gpu=memory.free,name", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", "--query-gpu=index,uuid,memory.free,name", "--format=csv,noheader,nounits"]
     try:
         output = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    lines = [line.partition(",") for line in output.splitlines() if line.strip()]
+    rows = [[cell.strip() for cell in line.split(",", 3)] for line in output.splitlines() if line.count(",") >= 3]
+    among = own_gpus.visible()
+    if among is not None:
+        # As the raylet counts: those that it was given, in its order, by index or by (the beginning of) their UUID.
+        rows = [row for each in among for row in rows if row[0] == each or (each and row[1].startswith(each))]
     # "[N/A]" where the driver doesn't tell: such a GPU can't be planned for.
-    return [
-        _Gpu(free_bytes=int(free) << 20 if free.strip().isdecimal() else 0, name=name.strip())
-        for free, _, name in lines
-    ]
+    return [_Gpu(free_bytes=int(free) << 20 if free.isdecimal() else 0, name=name) for _, _, free, name in rows]

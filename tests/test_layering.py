@@ -90,7 +90,7 @@ def test_the_client_knows_nothing_of_ray() -> None:
 
 def test_ray_is_in_one_module_of_the_worker() -> None:
     users = {module for module in modules() if module.startswith("worker") and imports_any_of(module, "ray")}
-    assert users == {"worker.actor"}
+    assert users == {"worker.actor", "worker.own_gpus"}
 
 
 def test_pure_modules_import_nothing_heavy() -> None:

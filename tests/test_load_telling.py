@@ -228,6 +228,15 @@ def test_spans_are_bounded_and_the_rest_is_told(monkeypatch: pytest.MonkeyPatch)
 # ---- the file --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_costs_the_trace_and_nothing_else() -> None:
+    with pytest.warns(UserWarning, match="the trace is incomplete"), TraceFile("/dev/full") as file:
+        file.add(registry_pb2.LoadTrace(stage=0, json=b"[1]", last=True))
+    with pytest.raises(ZeroDivisionError), TraceFile("/dev/full"):
+        raise ZeroDivisionError
+    assert Path("/dev/full").exists()
+
+
 @pytest.mark.parametrize("piece_bytes", [1, 2, 7, 1000])
 @pytest.mark.parametrize("counts", [[2, 0, 3], [0, 0], [0, 1], [], [1]])
 def test_a_trace_file_is_one_array_however_it_came(tmp_path: Path, counts: list[int], piece_bytes: int) -> None:

@@ -213,7 +213,7 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     left, mine = tmp_path / f"k.{gone.pid}.ab.writing", tmp_path / f"k.{os.getpid()}.ab.writing"
     for path in (left, mine):
         path.write_bytes(b"half")
-        os.utime(path, (0, 0))
+        os.utime(path, (time.time() - 120,) * 2)
     store(cache, "a")
     assert not left.exists()
     assert mine.exists()
@@ -252,6 +252,41 @@ def test_the_environment_says_where_and_how_much(
 def test_a_size_that_is_none_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match="SHARDLIFT_CACHE_SIZE='lots' is no size"):
         PartCache.from_environment({"SHARDLIFT_CACHE_SIZE": "lots"})
+
+
+def test_a_part_that_cannot_be_read_counts_as_decayed(sound: bytes, tmp_path: Path) -> None:
+    (tmp_path / "part").write_bytes(sound)
+    part = PartFile(tmp_path / "part")
+    os.close(part._descriptor)  # from now on every read is an error
+    with pytest.raises(CorruptCheckpointError, match="can't be read"):
+        read(part, "transposed")
+    part._descriptor = -1
+
+
+def test_parts_being_written_count_too(tmp_path: Path) -> None:
+    cache = PartCache(tmp_path, 3 << 20)
+    store(cache, "a")
+    other = tmp_path / f"k.{os.getpid()}.ab.writing"
+    other.write_bytes(bytes(1 << 20))
+    store(cache, "b", megabytes=1.5)
+    assert keys(cache) == ["b"]
+    os.utime(other, (0, 0))  # an earlier container's, whose process's number somebody has again
+    store(cache, "c")
+    assert not other.exists()
+
+
+def test_without_a_home_there_is_no_cache() -> None:
+    code = (
+        "import os, pathlib\n"
+        "from shardlift.worker.part_cache import PartCache\n"
+        "def nobody(*_): raise RuntimeError('Could not determine home directory.')\n"
+        "pathlib.Path.home = nobody\n"
+        "assert PartCache.from_environment({}) is None\n"
+        "assert PartCache.from_environment({'SHARDLIFT_CACHE': '/x'}).folder == pathlib.Path('/x')\n"
+    )
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_listing_needs_no_torch() -> None:

@@ -7,15 +7,16 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from ..proto.v1.errors import InternalError
+from ..proto.v1.errors import InternalError, LoadCancelledError
 from ..proto.v1.status import to_error
+from . import own_gpus
 from .records import HubToken
 from .spec import LoadReport, LoadSnapshot, StageSpec
 
@@ -39,6 +40,9 @@ class StageWorker:
         # torch loads it, for all threads and for bitsandbytes' kernels too: so torch is imported after it.
         if os.environ.get("OMP_NUM_THREADS") == "1":
             os.environ["OMP_NUM_THREADS"] = str(usable_cores())
+        if str(spec["device"]).startswith("cuda"):
+            # Quantized weights of a few MiB would leave a good part of torch's segments unusable. Before torch, too.
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         from .loader import LoadProgress
 
         self._spec = StageSpec.from_json(spec)
@@ -53,8 +57,8 @@ class StageWorker:
     async def device(self) -> str:
         """The device as the node counts it: "cuda:3" for the fourth GPU, whatever the process sees it as; "cpu:3" for a
         CPU worker in the place of one that is made up; "cpu"."""
-        kind, ids = self._spec.device.partition(":")[0], ray.get_gpu_ids()
-        return f"{kind}:{ids[0]}" if ids else kind
+        kind, number = self._spec.device.partition(":")[0], own_gpus.own()
+        return kind if number is None else f"{kind}:{number}"
 
     async def load(self, token: HubToken) -> LoadReport:
         """Loads the stage and begins to serve it. Idempotent: a second call waits for the first one's report."""
@@ -80,7 +84,7 @@ class StageWorker:
                     await loop.run_in_executor(thread, loaded.keep)
             if loaded.keep is not None and self._spec.device != "cpu":
                 # Weights on a GPU stay as they are: they are written while the stage serves.
-                self._keeping = threading.Thread(target=loaded.keep, name="keep", daemon=True)
+                self._keeping = threading.Thread(target=_keep, args=(loaded.keep,), name="keep", daemon=True)
                 self._keeping.start()
             self._server = StageServer(loaded.stage, secret=self._spec.secret)
             address = await self._server.start(ray.util.get_node_ip_address())
@@ -145,6 +149,16 @@ class StageWorker:
             await asyncio.to_thread(self._keeping.join, _KEEPING_S)
         if self._server is not None:
             await self._server.stop()
+
+
+def _keep(keep: Callable[[], None]) -> None:
+    """In a thread of its own: an unload ends it, and whatever else does must not end the stage."""
+    try:
+        keep()
+    except LoadCancelledError:
+        pass
+    except Exception:
+        logger.exception("a part could not be kept")
 
 
 def usable_cores() -> int:

@@ -154,12 +154,13 @@ class RecordStream(Generic[TakenT]):
             while held.missing_parts:
                 self._changed.wait()
                 self._check()
+            place = held.place  # a failed read elsewhere drops it
             held.untaken -= 1
             if not held.untaken:
                 del self._held[index]
                 self._held_bytes -= held.chunk.size_bytes
                 self._admit_ahead()
-        return self._staging.take(held.place, record.start - held.chunk.start, record)
+        return self._staging.take(place, record.start - held.chunk.start, record)
 
     def close(self) -> None:
         """Give up on what wasn't taken: break off the reads, and wait for the threads, two seconds at most.

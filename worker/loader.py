@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -124,15 +125,15 @@ def _load(spec: StageSpec, token: HubToken, progress: LoadProgress, cache: PartC
     if not is_worth_keeping(spec):
         cache = None
     key = key_of(spec, _device_class(spec.device), _versions())
-    part = cache.find(key) if cache is not None else None
-    if cache is not None and part is not None:
-        try:
-            return _load_part(spec, part, progress)
-        except CorruptCheckpointError as error:
-            logger.warning("dropping a cached part: %s", one_line(error))
-            cache.drop(key)
-        finally:
-            part.close()
+    if cache is not None and (part := cache.find(key)) is not None:
+        loaded = _load_cached(spec, part, progress)
+        if loaded is not None:
+            return loaded
+        cache.drop(key)
+        # What was loaded of it hangs in the error's frames, and there may be no room for both.
+        gc.collect()
+        if spec.device.startswith("cuda"):
+            torch.cuda.empty_cache()
     skeleton = _build(spec, progress)
     source = open_source(spec.source, token)
     try:
@@ -155,6 +156,17 @@ def _load(spec: StageSpec, token: HubToken, progress: LoadProgress, cache: PartC
         link=link,
         keep=keep if cache is not None else None,
     )
+
+
+def _load_cached(spec: StageSpec, part: PartFile, progress: LoadProgress) -> LoadedStage | None:
+    """None for a part that turns out not to be sound."""
+    try:
+        return _load_part(spec, part, progress)
+    except CorruptCheckpointError as error:
+        logger.warning("dropping a cached part: %s", one_line(error))
+        return None
+    finally:
+        part.close()
 
 
 def _load_part(spec: StageSpec, part: PartFile, progress: LoadProgress) -> LoadedStage:

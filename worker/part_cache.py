@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -32,6 +33,7 @@ LIMIT_VARIABLE = "SHARDLIFT_CACHE_SIZE"
 
 _SUFFIX = ".safetensors"
 _TEMPORARY = ".writing"
+_ABANDONED_S = 3600.0  # nothing is being written for so long without a change
 _DISK_SHARE = 0.3  # of its disk, unless a size is given
 _KEEP_FREE = 0.05  # of its disk, whatever size is given
 
@@ -85,8 +87,12 @@ class PartCache:
         named = environment.get(FOLDER_VARIABLE, "").strip()
         if named.lower() == "off":
             return None
-        base = environment.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-        folder = Path(named).expanduser() if named else Path(base) / "shardlift"
+        try:
+            base = named or environment.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+            folder = Path(base).expanduser() if named else Path(base) / "shardlift"
+        except RuntimeError as error:
+            logger.warning("no quantized part is kept here (%s): set %s to a folder", error, FOLDER_VARIABLE)
+            return None
         text = environment.get(LIMIT_VARIABLE, "").strip()
         if text:
             try:
@@ -129,6 +135,8 @@ class PartCache:
                 if disk.free - wanted < disk.total * _KEEP_FREE:
                     logger.info("a part of %d bytes is not kept: its disk has %d bytes left", wanted, disk.free)
                     return 0
+                # While nobody else counts what is free.
+                _take_room(temporary, wanted)
             try:
                 written = write_part(temporary, tensors, about, cancel)
                 # No fsync: after a power cut the checksums tell what never reached the disk.
@@ -177,17 +185,22 @@ class PartCache:
 
     def _make_room(self, wanted: int) -> None:
         """Removes what was unused for longest until `wanted` bytes more fit; and what a killed writer has left."""
+        held = 0
         for path in self._files(_TEMPORARY):
             with contextlib.suppress(OSError, ValueError):
-                writer = int(path.name.removesuffix(_TEMPORARY).split(".")[1])
-                if not _lives(writer) and time.time() - path.stat().st_mtime > 60:
+                writer, status = int(path.name.removesuffix(_TEMPORARY).split(".")[1]), path.stat()
+                age_s = time.time() - status.st_mtime
+                # A container's processes have the numbers of an earlier one's.
+                if age_s > _ABANDONED_S or (age_s > 60 and not _lives(writer)):
                     path.unlink()
+                else:
+                    held += status.st_size
         aged = []
         for path in self._files(_SUFFIX):
             with contextlib.suppress(OSError):
                 status = path.stat()
                 aged.append((status.st_mtime, status.st_size, path))
-        held = sum(size for _, size, _ in aged)
+        held += sum(size for _, size, _ in aged)
         for _, size, path in sorted(aged):
             if held + wanted <= self.limit_bytes:
                 return
@@ -209,6 +222,19 @@ class PartCache:
             yield
         finally:
             os.close(descriptor)
+
+
+def _take_room(path: Path, size: int) -> None:
+    """Makes the file, with the room that it will need. Raises OSError where there is none."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, max(1, size))
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            path.unlink(missing_ok=True)
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True)

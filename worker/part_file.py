@@ -45,7 +45,7 @@ def write_part(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[s
     # The checksums come last, and stand first: their place is kept.
     header = _header(entries, about, "0" * (blocks * _DIGEST_DIGITS))
     digests: list[str] = []
-    with path.open("wb") as file:
+    with path.open("r+b" if path.exists() else "wb") as file:  # its room may have been taken already
         file.write(header)
         hasher, filled = xxhash.xxh3_64(), 0
         for piece in _pieces(tensors):
@@ -62,6 +62,7 @@ def write_part(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[s
                     hasher, filled = xxhash.xxh3_64(), 0
         if filled:
             digests.append(hasher.hexdigest())
+        file.truncate()
         file.seek(0)
         file.write(_header(entries, about, "".join(digests)))
     return len(header) + position
@@ -164,7 +165,10 @@ class PartFile:
     def _fill(self, start: int, buffer: memoryview) -> None:
         done = 0
         while done < len(buffer):
-            count = os.preadv(self._descriptor, [buffer[done:]], start + done)
+            try:
+                count = os.preadv(self._descriptor, [buffer[done:]], start + done)
+            except OSError as error:
+                raise CorruptCheckpointError(f"{self.path.name} can't be read: {error.strerror}") from None
             if not count:
                 raise CorruptCheckpointError(f"{self.path.name} ends at byte {start + done}: it was cut short")
             done += count
