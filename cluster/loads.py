@@ -42,19 +42,21 @@ async def load_stages(
 
     async def load(index: int) -> LoadReport:
         deaths = 0
+        death: WorkerDiedError | None = None
         while True:
             try:
+                if death is not None:
+                    await respawn(index, death)  # which may die, too
                 await placed(index)
                 report: LoadReport = await call(workers[index].load.remote(token), f"stage {index}")
                 return report
             except WorkerDiedError as error:
-                deaths += 1
+                deaths, death = deaths + 1, error
                 if deaths > _RESPAWNS:
                     raise ModelUnavailableError(
                         f"{one_line(error)}; {deaths} workers of this stage died while loading: look into its node's "
                         "memory and Ray's logs"
                     ) from None
-                await respawn(index, error)
 
     loading = [asyncio.ensure_future(load(index)) for index in range(len(workers))]
     watch = asyncio.create_task(_watch(workers, specs, loading, tell))
