@@ -19,6 +19,8 @@ from .plan import ModelOutline
 from .sizes import ITEM_BYTES, Item, ModelSizes, Storage, in_4bit, parameter_bytes, sum_up
 
 _CHUNK_TOKENS = 512  # of a prompt, at a time
+# Less is lost in what an allocator rounds up to: a small model may fill its device to the last byte.
+_LEAST_WORKSPACE_BYTES = 16 << 20
 _MODEL_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -155,12 +157,12 @@ def _workspace_bytes(skeleton: Skeleton) -> int:
     inner = max(getattr(config, "intermediate_size", None) or 0, getattr(config, "n_inner", None) or 0, 4 * hidden)
     item = ITEM_BYTES[dtype_name(skeleton.dtype)]
     # The residual stream, queries, keys and values, and both halves of a gated inner layer.
-    activations = _CHUNK_TOKENS * (4 * hidden + 2 * inner) * item
+    workspace = _CHUNK_TOKENS * (4 * hidden + 2 * inner) * item
     packed = [prod(info.shape) for info in skeleton.parameters() if info.quantized == "4bit"]
-    if not packed:
-        return activations
-    unpacked = ITEM_BYTES[dtype_name(skeleton.quantizer.quantization_config.bnb_4bit_compute_dtype)]
-    return activations + max(packed) * unpacked
+    if packed:
+        compute_dtype = skeleton.quantizer.quantization_config.bnb_4bit_compute_dtype
+        workspace += max(packed) * ITEM_BYTES[dtype_name(compute_dtype)]
+    return workspace if workspace >= _LEAST_WORKSPACE_BYTES else 0
 
 
 def describe_quantization(quantization: Mapping[str, Any] | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -475,3 +476,38 @@ def test_a_plan_is_the_same_twice(checkpoint_of: Checkpoints) -> None:
     assert first.plan == second.plan
     specs = [json.dumps(spec.to_json()) for spec in first.specs("m", "l", "s")]
     assert specs == [json.dumps(spec.to_json()) for spec in second.specs("m", "l", "s")]
+
+
+def test_a_large_model_is_planned_with_its_workspace(tmp_path: Path) -> None:
+    """Of a 70B shape, from a config and made-up records."""
+    config = {
+        "model_type": "llama",
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+    }
+    skeleton = build_skeleton(parse_config(config), dtype=torch.bfloat16)
+    records = {
+        info.name: TensorRecord(
+            key=info.name, file="f", dtype="BF16", shape=info.shape, start=0, end=2 * math.prod(info.shape)
+        )
+        for info in skeleton.parameters()
+        if "inv_freq" not in info.name
+    }
+    activations = 512 * (4 * 8192 + 2 * 4 * 8192) * 2
+    plain = lay_out(config, records, dtype="bfloat16", quantization=None, attn_implementation=None).outline
+    assert plain.sizes.workspace_bytes == activations
+    nf4 = QUANTIZATIONS["nf4"]
+    packed = lay_out(config, records, dtype="bfloat16", quantization=nf4, attn_implementation=None).outline
+    # Unpacked to float32, which bitsandbytes computes in unless told otherwise.
+    assert packed.sizes.workspace_bytes == activations + 8192 * 28672 * 4
+    # What a refusal may offer, and what it weighs.
+    assert [option for option, _ in plain.lighter] == [
+        "load_in_4bit=True",
+        "load_in_4bit=True, bnb_4bit_use_double_quant=True",
+    ]
+    assert plain.lighter[0][1].stage(0, 2) == packed.sizes.stage(0, 2)
