@@ -12,29 +12,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
-from importlib.metadata import version
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from shardlift.client import instance
 from shardlift.client.connection import connect
+from tests.support.quantization import nf4
+
+from .common import surroundings
 
 PROMPT_TOKENS = 16
-
-
-def quantization() -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
 
 
 class Stopwatch:
@@ -77,9 +69,7 @@ def main() -> None:
     options = parser.parse_args()
 
     device = {"": "cuda:0"} if torch.cuda.is_available() else None
-    local = AutoModelForCausalLM.from_pretrained(
-        options.checkpoint, quantization_config=quantization(), device_map=device
-    )
+    local = AutoModelForCausalLM.from_pretrained(options.checkpoint, quantization_config=nf4(), device_map=device)
     peer = measure(local, options.tokens, options.repeat)
     del local
 
@@ -90,9 +80,7 @@ def main() -> None:
         try:
             with connect(running.address) as client:
                 for stages in options.stages:
-                    model = client.load(
-                        options.checkpoint, name="bench", num_stages=stages, quantization_config=quantization()
-                    )
+                    model = client.load(options.checkpoint, name="bench", num_stages=stages, quantization_config=nf4())
                     results[stages] = measure(model, options.tokens, options.repeat)
                     model.unload()
         finally:
@@ -107,12 +95,10 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "date": time.strftime("%Y-%m-%d"),
-                "hardware": torch.cuda.get_device_name() if device else f"CPU, {os.cpu_count()} cores",
-                "versions": {
-                    "python": platform.python_version(),
-                    **{name: version(name) for name in ("torch", "transformers", "bitsandbytes", "ray", "grpcio")},
-                },
+                **surroundings(
+                    *("torch", "transformers", "bitsandbytes", "ray", "grpcio"),
+                    device=device[""] if device else "cpu",
+                ),
                 "prompt_tokens": PROMPT_TOKENS,
                 "new_tokens": options.tokens,
                 "transformers": peer,

@@ -16,7 +16,6 @@ import gc
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import tempfile
 import threading
@@ -24,13 +23,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from shardlift.client.jsonable import jsonable
 from shardlift.cluster.checkpoint import CheckpointRequest
@@ -42,19 +40,12 @@ from shardlift.worker.loader import LoadProgress, load_stage
 from shardlift.worker.part_cache import PartCache
 from shardlift.worker.spec import StageSpec
 from shardlift.worker.timeline import bottleneck
+from tests.support.quantization import nf4
 
+from .common import surroundings
 from .synthetic import FAMILIES, write_checkpoint
 
 _READ_BYTES = 32 << 20
-
-
-def quantization() -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
 
 
 # ---- one process's share of a measurement ----------------------------------------------------------------------------
@@ -119,7 +110,7 @@ class _Meter:
 def _transformers(folder: str, device: str) -> Callable[[], tuple[int, dict[str, Any]]]:
     def load() -> tuple[int, dict[str, Any]]:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=quantization(), dtype=torch.bfloat16, device_map={"": device}
+            folder, quantization_config=nf4(), dtype=torch.bfloat16, device_map={"": device}
         )
         return model.get_memory_footprint(), {}
 
@@ -247,7 +238,7 @@ def specs(folder: Path, stages: int, device: str, options: argparse.Namespace) -
     planned = plan_model(
         CheckpointRequest(path=str(folder)),
         None,
-        ModelOptions(quantization=jsonable(quantization().to_dict(), "quantization_config")),
+        ModelOptions(quantization=jsonable(nf4().to_dict(), "quantization_config")),
         PlanOptions(num_stages=stages),
         parse_devices(f"{stages}x10TiB"),
     )
@@ -323,12 +314,7 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "date": time.strftime("%Y-%m-%d"),
-                "hardware": torch.cuda.get_device_name() if device != "cpu" else f"CPU, {os.cpu_count()} cores",
-                "versions": {
-                    "python": platform.python_version(),
-                    **{name: version(name) for name in ("torch", "transformers", "bitsandbytes")},
-                },
+                **surroundings("torch", "transformers", "bitsandbytes", device=device),
                 "checkpoint": {
                     "family": str(options.checkpoint or options.family),
                     "bytes": checkpoint_bytes,

@@ -12,14 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import random
 import resource
 import struct
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -30,6 +27,8 @@ from shardlift.cluster.devices import Device
 from shardlift.cluster.plan import PlanOptions
 from shardlift.cluster.planning import ModelOptions, outline_model
 from shardlift.proto.v1.errors import OutOfMemoryError
+
+from .common import surroundings
 
 SHARD_BYTES = 9_000_000_000
 MEMORIES = (24 << 30, 40 << 30, 48 << 30, 80 << 30)
@@ -128,12 +127,7 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "date": time.strftime("%Y-%m-%d"),
-                "hardware": f"CPU, {os.cpu_count()} cores",
-                "versions": {
-                    "python": platform.python_version(),
-                    **{name: version(name) for name in ("torch", "transformers", "numpy")},
-                },
+                **surroundings("torch", "transformers", "numpy"),
                 "tensors": tensors,
                 "parameters": parameters,
                 "quantize_experts": options.quantize_experts,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from .modules import grouped
 from .summary import duration, load_prediction, load_summary, memory_bar, rate, size
@@ -106,24 +106,13 @@ def show_parts(parts: Iterable[CachedPart]) -> None:
             part.node,
             str(part.about.get("model", "")),
             f"{layers[0]}–{layers[-1]}",
-            _quantization(part.about),
+            part.quantization,
             str(part.about.get("device", "")),
             used.strftime("%Y-%m-%d %H:%M"),
             part.key[:12],
             size(part.bytes),
         )
     _print(table)
-
-
-def _quantization(about: Mapping[str, Any]) -> str:
-    config = about.get("quantization") or {}
-    if config.get("load_in_8bit"):
-        return "int8"
-    if config.get("load_in_4bit"):
-        return str(config.get("bnb_4bit_quant_type", "fp4")) + (
-            "+double" if config.get("bnb_4bit_use_double_quant") else ""
-        )
-    return str(about.get("dtype", "none"))
 
 
 def show_models(models: Iterable[ModelInfo]) -> None:

@@ -306,6 +306,7 @@ class CachedPart:
     key: str
     bytes: int
     used_unix_s: float
+    quantization: str
     about: dict[str, Any]
 
     @classmethod
@@ -315,6 +316,7 @@ class CachedPart:
             key=part.key,
             bytes=part.bytes,
             used_unix_s=part.used_unix_s,
+            quantization=part.quantization,
             about=json.loads(part.about_json or "{}"),
         )
 

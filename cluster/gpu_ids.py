@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
 
 import ray
 from ray.exceptions import RayError
@@ -86,7 +85,7 @@ def _hold(node_id: str, most: int) -> dict[PlacementGroup, int]:
         raise
 
 
-def release(groups: Any) -> None:
+def release(groups: Iterable[PlacementGroup]) -> None:
     """Removes them all, whatever happens on the way."""
     for group in list(groups):
         with contextlib.suppress(Exception):

@@ -5,13 +5,14 @@ Runs transformers on the meta device: it is the definition of the model, of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from ..proto.v1.errors import InvalidRequestError, TensorMismatchError, UnsupportedModelError
 from ..worker.anatomy import Cut, place_of
+from ..worker.quantization import describe_quantization
 from ..worker.records import DTYPES, TensorRecord
 from ..worker.skeleton import KeyMap, ParameterInfo, Skeleton, build_skeleton, parse_config, unmatched_keys
 from ..worker.tensors import dtype_by_name, dtype_name
@@ -87,7 +88,8 @@ def lay_out(
         attn_implementation=attn_implementation,
         quantize_experts=quantize_experts,
     )
-    targets = _match(skeleton, records)
+    infos = list(skeleton.parameters())
+    targets = _match(skeleton, infos, records)
     fetch: dict[str, int] = {}
     for key, target in targets.items():
         fetch[target] = fetch.get(target, 0) + records[key].size_bytes
@@ -100,9 +102,9 @@ def lay_out(
             fetch_bytes=fetch.get(info.name, 0),
             packed_shape=info.shape if _could_be_4bit(info, anatomy) else None,
         )
-        for info in skeleton.parameters()
+        for info in infos
     ]
-    workspace_bytes = _workspace_bytes(skeleton)
+    workspace_bytes = _workspace_bytes(skeleton, infos)
     known = {item.name for item in items}
     # A tied weight that the file holds all the same is fetched, compared with the other, and then shared.
     items += [
@@ -149,7 +151,7 @@ def _lighter(quantization: Mapping[str, Any] | None) -> list[tuple[str, bool]]:
     return []
 
 
-def _workspace_bytes(skeleton: Skeleton) -> int:
+def _workspace_bytes(skeleton: Skeleton, infos: Sequence[ParameterInfo]) -> int:
     """What a stage needs while it computes: activations of one chunk of a prompt, and, for a chunk, the largest 4-bit
     weight as it is multiplied with, since bitsandbytes unpacks it whole."""
     config = skeleton.model.config.get_text_config(decoder=True)
@@ -158,21 +160,11 @@ def _workspace_bytes(skeleton: Skeleton) -> int:
     item = ITEM_BYTES[dtype_name(skeleton.dtype)]
     # The residual stream, queries, keys and values, and both halves of a gated inner layer.
     workspace = _CHUNK_TOKENS * (4 * hidden + 2 * inner) * item
-    packed = [prod(info.shape) for info in skeleton.parameters() if info.quantized == "4bit"]
+    packed = [prod(info.shape) for info in infos if info.quantized == "4bit"]
     if packed:
         compute_dtype = skeleton.quantizer.quantization_config.bnb_4bit_compute_dtype
         workspace += max(packed) * ITEM_BYTES[dtype_name(compute_dtype)]
     return workspace if workspace >= _LEAST_WORKSPACE_BYTES else 0
-
-
-def describe_quantization(quantization: Mapping[str, Any] | None) -> str:
-    """ "nf4", "nf4+double", "int8" or "none"."""
-    if not quantization:
-        return "none"
-    if quantization.get("load_in_8bit"):
-        return "int8"
-    kind = str(quantization.get("bnb_4bit_quant_type", "fp4"))
-    return f"{kind}+double" if quantization.get("bnb_4bit_use_double_quant") else kind
 
 
 def _storage(info: ParameterInfo, skeleton: Skeleton) -> Storage:
@@ -188,13 +180,13 @@ def _storage(info: ParameterInfo, skeleton: Skeleton) -> Storage:
     return Storage(kind="plain", dtype=info.dtype)
 
 
-def _match(skeleton: Skeleton, records: Mapping[str, TensorRecord]) -> dict[str, str]:
+def _match(skeleton: Skeleton, infos: Sequence[ParameterInfo], records: Mapping[str, TensorRecord]) -> dict[str, str]:
     """Checkpoint key -> parameter, for each key that the model uses."""
     key_map = KeyMap(skeleton)
     targets: dict[str, str] = {}
     unexpected: set[str] = set()
     misshapen: list[str] = []
-    shapes = {info.name: info.checkpoint_shape for info in skeleton.parameters()}
+    shapes = {info.name: info.checkpoint_shape for info in infos}
     shapes |= {name: shapes[source] for name, source in skeleton.tied_weights.items() if source in shapes}
     for key, record in records.items():
         target, pattern = key_map(key)

@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import ModelUnavailableError, one_line
 from ..worker.part_cache import PartCache
+from ..worker.quantization import describe_quantization
 from ..worker.spec import CachedPart
 
 _TIMEOUT_S = 60.0
@@ -34,6 +35,7 @@ def list_parts() -> list[registry_pb2.CachedPart]:
                 bytes=part.size_bytes,
                 used_unix_s=part.used_s,
                 about_json=json.dumps(dict(part.about)),
+                quantization=describe_quantization(part.about.get("quantization")),
             )
             for part in found
         ]

@@ -43,7 +43,7 @@ def fit(
     chosen = _best(blocks, devices, num_stages)
     if chosen is None:
         raise does_not_fit(sizes, devices, circumstances, num_stages)
-    return [devices[index] for index, _ in chosen], [blocks.layers(*run) for _, run in chosen]
+    return _laid(blocks, devices, chosen)
 
 
 def balanced(sizes: ModelSizes, devices: Sequence[Device]) -> Runs:
@@ -70,17 +70,14 @@ def sparing_first(
     blocks = into_blocks(sizes, circumstances.reserve_tokens)
     spared = _best(blocks, others, num_stages) if others else None
     if spared is not None:
-        return [others[index] for index, _ in spared], [blocks.layers(*run) for _, run in spared]
+        return _laid(blocks, others, spared)
     most = blocks.needed.reach(0, first.capacity_bytes) if others and num_stages != 1 else 0
     for layer in blocks.edges[1 : min(most + 1, blocks.count)]:
         rest = into_blocks(sizes.from_layer(layer), circumstances.reserve_tokens)
         chosen = _best(rest, others, max(num_stages - 1, 0), node=first.node)
         if chosen is not None:
-            runs = [rest.layers(*run) for _, run in chosen]
-            return (
-                [first, *(others[index] for index, _ in chosen)],
-                [(0, layer), *((layer + begin, layer + end) for begin, end in runs)],
-            )
+            used, runs = _laid(rest, others, chosen)
+            return [first, *used], [(0, layer), *((layer + begin, layer + end) for begin, end in runs)]
     return fit(sizes, devices, num_stages=num_stages, circumstances=circumstances)
 
 
@@ -99,6 +96,11 @@ def sequential(
     chosen = _filled(blocks, devices, num_stages) if num_stages else _filled_up(blocks, devices)
     if chosen is None:
         raise does_not_fit(sizes, devices, circumstances, num_stages)
+    return _laid(blocks, devices, chosen)
+
+
+def _laid(blocks: Blocks, devices: Sequence[Device], chosen: Sequence[Choice]) -> tuple[list[Device], Runs]:
+    """The devices that were chosen, and the layers of each."""
     return [devices[index] for index, _ in chosen], [blocks.layers(*run) for _, run in chosen]
 
 

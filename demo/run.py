@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import psutil
 
@@ -69,11 +68,12 @@ def _demo(home: Path, hub: HubServer, processes: list[psutil.Process], phases: d
 
         import shardlift
         from shardlift.client.render import show_model
+        from tests.support.quantization import nf4
 
         with _phase("from the hub into three stages, NF4 with double quantization", phases):
             hub.clear()
             model = shardlift.AutoModelForCausalLM.from_pretrained(
-                REPO, quantization_config=_nf4(), num_stages=STAGES, address=cluster.gateway, progress=True
+                REPO, quantization_config=nf4(), num_stages=STAGES, address=cluster.gateway, progress=True
             )
             info = model.info()
             show_model(info)
@@ -113,28 +113,18 @@ def _transformers_answer(folder: Path, prompt_ids: Sequence[int]) -> list[int]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
+    from tests.support.quantization import nf4
+
     disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it suggests a package on some processors
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer.apply_chat_template(CONVERSATION, add_generation_prompt=True, return_tensors="pt")
     assert prompt["input_ids"].tolist() == [list(prompt_ids)], "the gateway made another prompt of the conversation"
     model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=_nf4(), dtype=torch.bfloat16, device_map="cpu"
+        folder, quantization_config=nf4(), dtype=torch.bfloat16, device_map="cpu"
     )
     ids = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
     return list(ids[0, len(prompt_ids) :].tolist())
-
-
-def _nf4() -> Any:
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -20,7 +20,7 @@ ALLOWED = {
 }
 PURE = [
     *(f"worker.{name}" for name in ("records", "headers", "chunks", "timeline", "byte_sizes")),
-    *(f"worker.{name}" for name in ("anatomy", "spec", "fetch")),
+    *(f"worker.{name}" for name in ("anatomy", "spec", "fetch", "quantization")),
     *(f"cluster.{name}" for name in ("sizes", "devices", "partition", "plan", "pace", "load_time")),
     *(f"cluster.{name}" for name in ("blocks", "slowest", "spread", "refusal", "device_map")),
     *(f"proto.v1.{name}" for name in ("errors", "wire")),

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from shardlift.cluster.checkpoint import Checkpoint, CheckpointRequest, read_checkpoint
 from shardlift.cluster.devices import parse_devices
-from shardlift.cluster.layout import Layout, describe_quantization, lay_out, resolve_dtype
+from shardlift.cluster.layout import Layout, lay_out, resolve_dtype
 from shardlift.cluster.plan import PlanOptions
 from shardlift.cluster.planning import ModelOptions, PlannedModel, plan_model
 from shardlift.proto.v1.errors import InvalidRequestError, ShardliftError, TensorMismatchError, UnsupportedModelError
 from shardlift.worker.loader import LoadedStage, LoadProgress, load_stage
+from shardlift.worker.quantization import describe_quantization
 from shardlift.worker.records import DTYPES, TensorRecord
 from shardlift.worker.residency import measure
 from shardlift.worker.skeleton import (

@@ -16,7 +16,6 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..proto.v1.errors import CorruptCheckpointError, LoadCancelledError, OutOfMemoryError, one_line
 from . import quantize_cpu
-from .anatomy import anatomy_of
 from .fetch import RecordStream
 from .part_cache import PartCache, is_worth_keeping, key_of
 from .part_file import PartFile
@@ -124,7 +123,7 @@ def _load(spec: StageSpec, token: HubToken, progress: LoadProgress, cache: PartC
     quantize_cpu.install()
     if not is_worth_keeping(spec):
         cache = None
-    key = key_of(spec, _device_class(spec.device), _versions())
+    key = "" if cache is None else key_of(spec, _device_class(spec.device), _versions())
     if cache is not None and (part := cache.find(key)) is not None:
         loaded = _load_cached(spec, part, progress)
         if loaded is not None:
@@ -149,7 +148,7 @@ def _load(spec: StageSpec, token: HubToken, progress: LoadProgress, cache: PartC
             cache.store(key, tensors, _about(spec), progress.cancelled)
 
     return LoadedStage(
-        stage=_resident(spec, model),
+        stage=_resident(spec, skeleton),
         fetched_bytes=fetched_bytes,
         cached_bytes=0,
         modules=measure(model),
@@ -183,7 +182,7 @@ def _load_part(spec: StageSpec, part: PartFile, progress: LoadProgress) -> Loade
         with _converting(progress.timeline):
             model = restore_weights(skeleton, list(part.records), take_kept, spec.device)
     return LoadedStage(
-        stage=_resident(spec, model),
+        stage=_resident(spec, skeleton),
         fetched_bytes=0,
         cached_bytes=part.size_bytes,
         modules=measure(model),
@@ -319,9 +318,10 @@ def _converting(timeline: Timeline) -> Iterator[None]:
         timeline.count(CONVERT, max(0.0, time.perf_counter() - started - inside))
 
 
-def _resident(spec: StageSpec, model: PreTrainedModel) -> ResidentStage:
-    model.generation_config = _generation_config(spec)
-    return ResidentStage(model, anatomy_of(parse_config(spec.config).model_type), spec.cut, spec.device)
+def _resident(spec: StageSpec, skeleton: Skeleton) -> ResidentStage:
+    """The stage that `skeleton` has become, its weights loaded."""
+    skeleton.model.generation_config = _generation_config(spec)
+    return ResidentStage(skeleton.model, skeleton.anatomy, spec.cut, spec.device)
 
 
 def _generation_config(spec: StageSpec) -> GenerationConfig:

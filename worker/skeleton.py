@@ -297,6 +297,7 @@ class KeyMap:
         self._converters = [entry for entry in skeleton.weight_mapping if isinstance(entry, WeightConverter)]
         # As in the loader, where it is a dict of tensors of which it asks whether they are None.
         self._meta = dict.fromkeys(skeleton.tensor_names(), True)
+        self._known: dict[str, tuple[str, str | None]] = {}
         self._merging = {
             pattern: converter
             for converter in self._converters
@@ -307,9 +308,13 @@ class KeyMap:
     def __call__(self, key: str) -> tuple[str, str | None]:
         """The parameter's name; and where the tensor is converted (merged, split, transposed) on the way there, the
         pattern that it goes by."""
+        known = self._known.get(key)
+        if known is not None:  # transformers tries every pattern on each key
+            return known
         renamed, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self._meta)
         if renamed not in self._meta and key in self._meta:
             renamed, pattern = rename_source_key(key, [], [], self._prefix, self._meta)
+        self._known[key] = renamed, pattern
         return renamed, pattern
 
     def __contains__(self, name: str) -> bool:

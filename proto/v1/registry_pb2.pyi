@@ -361,18 +361,20 @@ class UnloadModelResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class CachedPart(_message.Message):
-    __slots__ = ("node", "key", "bytes", "used_unix_s", "about_json")
+    __slots__ = ("node", "key", "bytes", "used_unix_s", "about_json", "quantization")
     NODE_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     USED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     ABOUT_JSON_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     node: str
     key: str
     bytes: int
     used_unix_s: float
     about_json: str
-    def __init__(self, node: _Optional[str] = ..., key: _Optional[str] = ..., bytes: _Optional[int] = ..., used_unix_s: _Optional[float] = ..., about_json: _Optional[str] = ...) -> None: ...
+    quantization: str
+    def __init__(self, node: _Optional[str] = ..., key: _Optional[str] = ..., bytes: _Optional[int] = ..., used_unix_s: _Optional[float] = ..., about_json: _Optional[str] = ..., quantization: _Optional[str] = ...) -> None: ...
 
 class ListCachedPartsRequest(_message.Message):
     __slots__ = ()

@@ -733,7 +733,7 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(fault, Reset | Stall | Truncate):
             if fault.after_bytes is not None and to_send > 0:
                 cut = min(fault.after_bytes, to_send)
-            elif not self._interrupt(fault):
+            elif not interrupt(self, fault, self.server.closing):
                 return
             else:
                 fault = None  # over before the headers
@@ -743,7 +743,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self._send_body(reply.body, 0, cut, row)
-        if self._interrupt(fault):
+        if interrupt(self, fault, self.server.closing):
             self._send_body(reply.body, cut, to_send, row)
 
     def _send_body(self, body: _Body, skip: int, stop: int, row: _LogRow) -> None:
@@ -755,21 +755,22 @@ class _Handler(BaseHTTPRequestHandler):
                 row.bytes_sent -= len(piece)
                 raise
 
-    def _interrupt(self, fault: Fault | None) -> bool:
-        """Do to the connection what the fault says. Whether the answer goes on after it."""
-        match fault:
-            case Stall():
-                self.server.closing.wait(fault.seconds)
-                self.close_connection = self.server.closing.is_set()
-                return not self.close_connection
-            case Reset():
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.close_connection = True
-                return False
-            case Truncate():
-                self.close_connection = True
-                return False
-        return True
+
+def interrupt(handler: BaseHTTPRequestHandler, fault: Fault | None, closing: threading.Event) -> bool:
+    """Do to the handler's connection what the fault says. Whether the answer goes on after it."""
+    match fault:
+        case Stall():
+            closing.wait(fault.seconds)
+            handler.close_connection = closing.is_set()
+            return not handler.close_connection
+        case Reset():
+            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            handler.close_connection = True
+            return False
+        case Truncate():
+            handler.close_connection = True
+            return False
+    return True
 
 
 # ---- standalone ------------------------------------------------------------------------------------------------------

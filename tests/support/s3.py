@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import socket
-import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 import boto3
 from moto.server import ThreadedMotoServer
 
-from tests.support.hub import Fault, Reset, Stall, Status, Truncate
+from tests.support.hub import Fault, Reset, Stall, Status, Truncate, interrupt
 
 BUCKET = "models"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "AKIATESTKEY", "AWS_SECRET_ACCESS_KEY": "s3cr3t/k3y+of/tests"}
@@ -147,7 +146,11 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(fault, Status):
             self._answer(fault.code, dict(fault.headers), _error_body(fault.code), None)
             return
-        if isinstance(fault, Reset | Stall | Truncate) and fault.after_bytes is None and not self._interrupt(fault):
+        if (
+            isinstance(fault, Reset | Stall | Truncate)
+            and fault.after_bytes is None
+            and not interrupt(self, fault, self.server.s3.closing)
+        ):
             return
         host, port = self.server.s3.upstream
         upstream = http.client.HTTPConnection(host, port, timeout=30)
@@ -183,24 +186,8 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(fault, Reset | Stall | Truncate) and fault.after_bytes is not None:
             cut = min(fault.after_bytes, len(data))
         self.wfile.write(data[:cut])
-        if cut < len(data) and self._interrupt(fault):
+        if cut < len(data) and interrupt(self, fault, self.server.s3.closing):
             self.wfile.write(data[cut:])
-
-    def _interrupt(self, fault: Fault | None) -> bool:
-        """Do to the connection what the fault says. Whether the answer goes on after it."""
-        match fault:
-            case Stall():
-                self.server.s3.closing.wait(fault.seconds)
-                self.close_connection = self.server.s3.closing.is_set()
-                return not self.close_connection
-            case Reset():
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.close_connection = True
-                return False
-            case Truncate():
-                self.close_connection = True
-                return False
-        return True
 
 
 def _error_body(status: int) -> bytes:

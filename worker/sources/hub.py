@@ -14,7 +14,6 @@ import socket
 import threading
 import time
 import weakref
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -36,6 +35,7 @@ from . import answers
 from .base import Cancel, check_name, check_range
 from .disk import DiskReader
 from .hub_cache import CachedFile, HubCache
+from .once import OncePerFile
 from .patience import ATTEMPTS, Failure, Patience, Sleep, cause_of
 
 # HfHubHTTPError(HTTPError, OSError): httpx's base of all transport errors, by whichever name httpx goes. A RuntimeError
@@ -103,8 +103,7 @@ class HubSource:
         self._hub_headers = build_hf_headers(token=token, **self._library)
         self._cdn_headers = build_hf_headers(token=False, **self._library)
         self._lock = threading.Lock()
-        self._file_locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
-        self._located: dict[str, _Located] = {}
+        self._located = OncePerFile[_Located]()
         self._etags: dict[tuple[str, object], str] = {}  # by file and origin: a CDN's tags need not be the Hub's
         self._sockets = _Sockets()
         self._is_cached_only = is_cached_only
@@ -147,8 +146,7 @@ class HubSource:
             )
         patience = self._patience(f"the size of {self._label(file)}", Cancel())
         located = self._resolve(file, patience)
-        with self._lock:
-            self._located[file] = located
+        self._located.put(file, located)
         return located.version
 
     def read_into(
@@ -174,7 +172,7 @@ class HubSource:
                 assert failure is not None
                 stale, located = located, self._moved(file, located, failure)
                 if located is None:
-                    self._forget(file, stale)
+                    self._located.forget(file, stale)
                 patience.failed(failure)
 
     def verify(self, file: str, version: FileVersion) -> None:
@@ -229,23 +227,10 @@ class HubSource:
         return f"{self._repo_id}@{self._commit[:12]}/{folder}{file}"
 
     def _locate(self, file: str, version: FileVersion, patience: Patience) -> _Located:
-        with self._lock:
-            file_lock = self._file_locks[file]
-        with file_lock:  # one thread asks, the others wait for its answer
-            with self._lock:
-                located = self._located.get(file)
-            if located is None:
-                located = self._resolve(file, patience)
-                with self._lock:
-                    self._located[file] = located
+        located = self._located.get(file, lambda: self._resolve(file, patience))
         if not located.version.is_same(version):
             self._changed(file, f"{version} when the load began, {located.version} now")
         return located
-
-    def _forget(self, file: str, stale: _Located) -> None:
-        with self._lock:
-            if self._located.get(file) is stale:
-                del self._located[file]
 
     def _moved(self, file: str, located: _Located, failure: _Failure) -> _Located | None:
         """Where to read on after the failure; None if the Hub has to be asked."""
@@ -253,8 +238,7 @@ class HubSource:
             return None
         if failure.moved_to:
             located = replace(located, url=urljoin(located.url, failure.moved_to))
-            with self._lock:
-                self._located[file] = located
+            self._located.put(file, located)
         return located
 
     def _resolve(self, file: str, patience: Patience) -> _Located:

@@ -6,8 +6,6 @@ when a process first reads a file, whenever an answer is not the one expected, a
 
 from __future__ import annotations
 
-import threading
-from collections import defaultdict
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -22,6 +20,7 @@ from ...proto.v1.errors import (
 from ..records import FileVersion
 from . import answers
 from .base import Cancel, check_name, check_range
+from .once import OncePerFile
 from .patience import ATTEMPTS, Failure, Patience, Sleep
 from .store_errors import Meaning, Verdict, judge
 from .stores import open_store
@@ -80,9 +79,7 @@ class RemoteSource:
             attempts = _PATIENT_ATTEMPTS if self._url.scheme in _PATIENT_SCHEMES else ATTEMPTS
         self._attempts, self._sleep, self._piece_bytes = attempts, sleep, piece_bytes
         self._store = open_store(self._url, connect_s=connect_s, stall_s=stall_s, limit_s=piece_s)
-        self._lock = threading.Lock()
-        self._file_locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
-        self._seen: dict[str, FileVersion] = {}
+        self._seen = OncePerFile[FileVersion]()
         self._may_read: bool | None = None
 
     def __repr__(self) -> str:
@@ -94,8 +91,7 @@ class RemoteSource:
 
     def stat(self, file: str) -> FileVersion:
         version = self._ask(file, Cancel())
-        with self._lock:
-            self._seen[file] = version
+        self._seen.put(file, version)
         return version
 
     def read_into(
@@ -158,16 +154,7 @@ class RemoteSource:
 
     def _compare_once(self, file: str, version: FileVersion, cancel: Cancel) -> None:
         """What this process saw of the file first must be the driver's version."""
-        with self._lock:
-            file_lock = self._file_locks[file]
-        with file_lock:  # one thread asks, the others wait for its answer
-            with self._lock:
-                found = self._seen.get(file)
-            if found is None:
-                found = self._ask(file, cancel)
-                with self._lock:
-                    self._seen[file] = found
-        self._expect(file, version, found)
+        self._expect(file, version, self._seen.get(file, lambda: self._ask(file, cancel)))
 
     def _compare(self, file: str, version: FileVersion, cancel: Cancel) -> None:
         self._expect(file, version, self._ask(file, cancel))
