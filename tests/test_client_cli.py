@@ -291,6 +291,13 @@ def test_plan_without_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert json.loads((fake / "stdin").read_text())["devices"] == [{"node": "a", "device": "cuda:0", "memory": 7}]
 
 
+def test_a_topology_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    (tmp_path / "topology.json").write_text("{")
+    done = run("plan", "org/tiny", "--devices", str(tmp_path / "topology.json"))
+    assert done.exit_code == 2
+    assert f"the topology file {tmp_path / 'topology.json'} is no valid JSON" in done.stderr
+
+
 def test_plan_without_a_cluster_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = json.dumps({"error": "OutOfMemoryError", "message": "1 GiB is missing"})
     fake_python(tmp_path, monkeypatch, f"echo '{said}'; exit 1")

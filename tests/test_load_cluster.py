@@ -226,6 +226,19 @@ def test_a_second_load_reads_the_nodes_caches_alone(cluster: RunningCluster, hub
     assert list(cluster.parts.glob("*.safetensors")) == []
 
 
+def test_a_load_teaches_the_next_plan_how_long_it_will_take(cluster: RunningCluster) -> None:
+    load(cluster, part_cache=False)
+    with shardlift.connect(cluster.gateway) as client:
+        plan = client.plan("org/untroubled", quantization_config=nf4())
+        assert plan.link_is_measured
+        assert plan.predicted_load_seconds > 0
+        assert plan.predicted_load_seconds == max(stage.predicted_load_seconds for stage in plan.stages)
+        given = client.plan("org/untroubled", quantization_config=nf4(), link_speed="1kB/s")
+    assert not given.link_is_measured
+    assert given.load_bottleneck == "link"
+    assert given.predicted_load_seconds == max(stage.fetch_bytes for stage in given.stages) / 1000
+
+
 def test_a_load_without_the_cache_neither_reads_nor_keeps(cluster: RunningCluster) -> None:
     load(cluster, part_cache=False).unload()
     assert kept_parts(cluster) == {}
