@@ -15,6 +15,8 @@
     ├── ModelNotFoundError             the registry holds no such name
     ├── ModelUnavailableError          resident, but a stage doesn't answer
     │   └── WorkerDiedError            the process of a stage's worker is gone
+    ├── ModelBusyError                 as many sessions as the model takes run and wait
+    ├── SessionExpiredError            a session for which nothing came any more
     ├── LoadCancelledError             unloaded, or given up by its client, while loading
     ├── AuthenticationError            no token, or a wrong one
     ├── GatewayUnavailableError        nobody answers at the address
@@ -85,6 +87,14 @@ class ModelUnavailableError(ShardliftError):
 
 class WorkerDiedError(ModelUnavailableError):
     """The process of a stage's worker is gone."""
+
+
+class ModelBusyError(ShardliftError):
+    """As many sessions as the model takes are running and waiting."""
+
+
+class SessionExpiredError(ShardliftError):
+    """A session for which nothing came within its idle time."""
 
 
 class LoadCancelledError(ShardliftError):

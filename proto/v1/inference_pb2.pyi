@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "input_ids", "prompt", "conversation", "attention_mask", "generation", "seed", "output_logits", "output_scores")
+    __slots__ = ("model", "input_ids", "prompt", "conversation", "attention_mask", "generation", "seed", "output_logits", "output_scores", "generated")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUT_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,7 @@ class GenerateRequest(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_LOGITS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_SCORES_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_FIELD_NUMBER: _ClassVar[int]
     model: str
     input_ids: _tensor_pb2.Tensor
     prompt: str
@@ -28,7 +29,8 @@ class GenerateRequest(_message.Message):
     seed: int
     output_logits: bool
     output_scores: bool
-    def __init__(self, model: _Optional[str] = ..., input_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., prompt: _Optional[str] = ..., conversation: _Optional[_Union[Conversation, _Mapping]] = ..., attention_mask: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., generation: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., seed: _Optional[int] = ..., output_logits: _Optional[bool] = ..., output_scores: _Optional[bool] = ...) -> None: ...
+    generated: _tensor_pb2.Tensor
+    def __init__(self, model: _Optional[str] = ..., input_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., prompt: _Optional[str] = ..., conversation: _Optional[_Union[Conversation, _Mapping]] = ..., attention_mask: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., generation: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., seed: _Optional[int] = ..., output_logits: _Optional[bool] = ..., output_scores: _Optional[bool] = ..., generated: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class Conversation(_message.Message):
     __slots__ = ("messages",)
@@ -87,20 +89,56 @@ class GenerationFinished(_message.Message):
     def __init__(self, new_tokens: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("model", "input_ids", "attention_mask", "position_ids", "logits_to_keep", "use_cache")
+    __slots__ = ("model", "input_ids", "attention_mask", "position_ids", "logits_to_keep", "use_cache", "without_logits")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUT_IDS_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_MASK_FIELD_NUMBER: _ClassVar[int]
     POSITION_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGITS_TO_KEEP_FIELD_NUMBER: _ClassVar[int]
     USE_CACHE_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_LOGITS_FIELD_NUMBER: _ClassVar[int]
     model: str
     input_ids: _tensor_pb2.Tensor
     attention_mask: _tensor_pb2.Tensor
     position_ids: _tensor_pb2.Tensor
     logits_to_keep: int
     use_cache: bool
-    def __init__(self, model: _Optional[str] = ..., input_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., attention_mask: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., position_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., logits_to_keep: _Optional[int] = ..., use_cache: _Optional[bool] = ...) -> None: ...
+    without_logits: bool
+    def __init__(self, model: _Optional[str] = ..., input_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., attention_mask: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., position_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., logits_to_keep: _Optional[int] = ..., use_cache: _Optional[bool] = ..., without_logits: _Optional[bool] = ...) -> None: ...
+
+class SessionRequest(_message.Message):
+    __slots__ = ("model", "idle_timeout_s", "keep", "rows", "forward", "generate")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    IDLE_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_FIELD_NUMBER: _ClassVar[int]
+    GENERATE_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    idle_timeout_s: float
+    keep: int
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    forward: ForwardRequest
+    generate: GenerateRequest
+    def __init__(self, model: _Optional[str] = ..., idle_timeout_s: _Optional[float] = ..., keep: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., forward: _Optional[_Union[ForwardRequest, _Mapping]] = ..., generate: _Optional[_Union[GenerateRequest, _Mapping]] = ...) -> None: ...
+
+class SessionResponse(_message.Message):
+    __slots__ = ("forward", "generate", "done")
+    FORWARD_FIELD_NUMBER: _ClassVar[int]
+    GENERATE_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    forward: ForwardResponse
+    generate: GenerateResponse
+    done: SessionState
+    def __init__(self, forward: _Optional[_Union[ForwardResponse, _Mapping]] = ..., generate: _Optional[_Union[GenerateResponse, _Mapping]] = ..., done: _Optional[_Union[SessionState, _Mapping]] = ...) -> None: ...
+
+class SessionState(_message.Message):
+    __slots__ = ("length", "rows")
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    length: int
+    rows: int
+    def __init__(self, length: _Optional[int] = ..., rows: _Optional[int] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
     __slots__ = ("logits", "more")

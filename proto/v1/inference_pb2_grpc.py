@@ -46,6 +46,11 @@ class InferenceServiceStub:
                 request_serializer=shardlift_dot_proto_dot_v1_dot_inference__pb2.ForwardRequest.SerializeToString,
                 response_deserializer=shardlift_dot_proto_dot_v1_dot_inference__pb2.ForwardResponse.FromString,
                 _registered_method=True)
+        self.Session = channel.stream_stream(
+                '/shardlift.v1.InferenceService/Session',
+                request_serializer=shardlift_dot_proto_dot_v1_dot_inference__pb2.SessionRequest.SerializeToString,
+                response_deserializer=shardlift_dot_proto_dot_v1_dot_inference__pb2.SessionResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
@@ -68,6 +73,14 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Session(self, request_iterator, context):
+        """A session under its user's control: passes, generations that go on from what is cached, rollback. It lives, and
+        holds its keys and values, until the call ends, or nothing has come for its idle time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -80,6 +93,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Forward,
                     request_deserializer=shardlift_dot_proto_dot_v1_dot_inference__pb2.ForwardRequest.FromString,
                     response_serializer=shardlift_dot_proto_dot_v1_dot_inference__pb2.ForwardResponse.SerializeToString,
+            ),
+            'Session': grpc.stream_stream_rpc_method_handler(
+                    servicer.Session,
+                    request_deserializer=shardlift_dot_proto_dot_v1_dot_inference__pb2.SessionRequest.FromString,
+                    response_serializer=shardlift_dot_proto_dot_v1_dot_inference__pb2.SessionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -138,6 +156,33 @@ class InferenceService:
             '/shardlift.v1.InferenceService/Forward',
             shardlift_dot_proto_dot_v1_dot_inference__pb2.ForwardRequest.SerializeToString,
             shardlift_dot_proto_dot_v1_dot_inference__pb2.ForwardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Session(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/shardlift.v1.InferenceService/Session',
+            shardlift_dot_proto_dot_v1_dot_inference__pb2.SessionRequest.SerializeToString,
+            shardlift_dot_proto_dot_v1_dot_inference__pb2.SessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -14,11 +14,13 @@ class ModelState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MODEL_STATE_READY: _ClassVar[ModelState]
     MODEL_STATE_UNAVAILABLE: _ClassVar[ModelState]
     MODEL_STATE_UNLOADING: _ClassVar[ModelState]
+    MODEL_STATE_RECOVERING: _ClassVar[ModelState]
 MODEL_STATE_UNSPECIFIED: ModelState
 MODEL_STATE_LOADING: ModelState
 MODEL_STATE_READY: ModelState
 MODEL_STATE_UNAVAILABLE: ModelState
 MODEL_STATE_UNLOADING: ModelState
+MODEL_STATE_RECOVERING: ModelState
 
 class ModelSource(_message.Message):
     __slots__ = ("path", "revision", "subfolder", "variant", "token", "hub_endpoint", "cache_dir", "trust_remote_code")
@@ -41,7 +43,7 @@ class ModelSource(_message.Message):
     def __init__(self, path: _Optional[str] = ..., revision: _Optional[str] = ..., subfolder: _Optional[str] = ..., variant: _Optional[str] = ..., token: _Optional[str] = ..., hub_endpoint: _Optional[str] = ..., cache_dir: _Optional[str] = ..., trust_remote_code: _Optional[bool] = ...) -> None: ...
 
 class LoadOptions(_message.Message):
-    __slots__ = ("quantization_config_json", "dtype", "attn_implementation", "config_json", "config_overrides_json", "device_map", "device_map_by_module", "max_memory", "num_stages", "staging_budget", "connections", "without_cache", "trace", "quantize_experts", "reserve_tokens", "link_speed")
+    __slots__ = ("quantization_config_json", "dtype", "attn_implementation", "config_json", "config_overrides_json", "device_map", "device_map_by_module", "max_memory", "num_stages", "staging_budget", "connections", "without_cache", "trace", "quantize_experts", "reserve_tokens", "link_speed", "max_sessions", "max_waiting", "idle_timeout_s", "without_batching")
     class DeviceMapByModuleEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +74,10 @@ class LoadOptions(_message.Message):
     QUANTIZE_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     RESERVE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LINK_SPEED_FIELD_NUMBER: _ClassVar[int]
+    MAX_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    MAX_WAITING_FIELD_NUMBER: _ClassVar[int]
+    IDLE_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_BATCHING_FIELD_NUMBER: _ClassVar[int]
     quantization_config_json: str
     dtype: str
     attn_implementation: str
@@ -88,7 +94,11 @@ class LoadOptions(_message.Message):
     quantize_experts: bool
     reserve_tokens: int
     link_speed: str
-    def __init__(self, quantization_config_json: _Optional[str] = ..., dtype: _Optional[str] = ..., attn_implementation: _Optional[str] = ..., config_json: _Optional[str] = ..., config_overrides_json: _Optional[str] = ..., device_map: _Optional[str] = ..., device_map_by_module: _Optional[_Mapping[str, str]] = ..., max_memory: _Optional[_Mapping[str, str]] = ..., num_stages: _Optional[int] = ..., staging_budget: _Optional[str] = ..., connections: _Optional[int] = ..., without_cache: _Optional[bool] = ..., trace: _Optional[bool] = ..., quantize_experts: _Optional[bool] = ..., reserve_tokens: _Optional[int] = ..., link_speed: _Optional[str] = ...) -> None: ...
+    max_sessions: int
+    max_waiting: int
+    idle_timeout_s: float
+    without_batching: bool
+    def __init__(self, quantization_config_json: _Optional[str] = ..., dtype: _Optional[str] = ..., attn_implementation: _Optional[str] = ..., config_json: _Optional[str] = ..., config_overrides_json: _Optional[str] = ..., device_map: _Optional[str] = ..., device_map_by_module: _Optional[_Mapping[str, str]] = ..., max_memory: _Optional[_Mapping[str, str]] = ..., num_stages: _Optional[int] = ..., staging_budget: _Optional[str] = ..., connections: _Optional[int] = ..., without_cache: _Optional[bool] = ..., trace: _Optional[bool] = ..., quantize_experts: _Optional[bool] = ..., reserve_tokens: _Optional[int] = ..., link_speed: _Optional[str] = ..., max_sessions: _Optional[int] = ..., max_waiting: _Optional[int] = ..., idle_timeout_s: _Optional[float] = ..., without_batching: _Optional[bool] = ...) -> None: ...
 
 class PlanModelRequest(_message.Message):
     __slots__ = ("source", "options")
@@ -185,7 +195,7 @@ class StageProgress(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., fetch_bytes: _Optional[int] = ..., tensors_loaded: _Optional[int] = ..., tensors: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., done: _Optional[bool] = ..., bytes_per_second: _Optional[float] = ..., seconds_left: _Optional[float] = ..., cached: _Optional[bool] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("model", "quantization", "total_resident_bytes", "total_fetch_bytes", "stages", "dtype", "commit", "devices", "predicted_load_seconds", "load_bottleneck", "load_bottleneck_stage", "link_bytes_per_second", "link_is_measured")
+    __slots__ = ("model", "quantization", "total_resident_bytes", "total_fetch_bytes", "stages", "dtype", "commit", "devices", "predicted_load_seconds", "load_bottleneck", "load_bottleneck_stage", "link_bytes_per_second", "link_is_measured", "kv_tokens")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     TOTAL_RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +209,7 @@ class Plan(_message.Message):
     LOAD_BOTTLENECK_STAGE_FIELD_NUMBER: _ClassVar[int]
     LINK_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     LINK_IS_MEASURED_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
     model: str
     quantization: str
     total_resident_bytes: int
@@ -212,7 +223,8 @@ class Plan(_message.Message):
     load_bottleneck_stage: int
     link_bytes_per_second: float
     link_is_measured: bool
-    def __init__(self, model: _Optional[str] = ..., quantization: _Optional[str] = ..., total_resident_bytes: _Optional[int] = ..., total_fetch_bytes: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StagePlan, _Mapping]]] = ..., dtype: _Optional[str] = ..., commit: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[DeviceCapacity, _Mapping]]] = ..., predicted_load_seconds: _Optional[float] = ..., load_bottleneck: _Optional[str] = ..., load_bottleneck_stage: _Optional[int] = ..., link_bytes_per_second: _Optional[float] = ..., link_is_measured: _Optional[bool] = ...) -> None: ...
+    kv_tokens: int
+    def __init__(self, model: _Optional[str] = ..., quantization: _Optional[str] = ..., total_resident_bytes: _Optional[int] = ..., total_fetch_bytes: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StagePlan, _Mapping]]] = ..., dtype: _Optional[str] = ..., commit: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[DeviceCapacity, _Mapping]]] = ..., predicted_load_seconds: _Optional[float] = ..., load_bottleneck: _Optional[str] = ..., load_bottleneck_stage: _Optional[int] = ..., link_bytes_per_second: _Optional[float] = ..., link_is_measured: _Optional[bool] = ..., kv_tokens: _Optional[int] = ...) -> None: ...
 
 class DeviceCapacity(_message.Message):
     __slots__ = ("node", "device", "capacity_bytes")
@@ -225,7 +237,7 @@ class DeviceCapacity(_message.Message):
     def __init__(self, node: _Optional[str] = ..., device: _Optional[str] = ..., capacity_bytes: _Optional[int] = ...) -> None: ...
 
 class StagePlan(_message.Message):
-    __slots__ = ("index", "node", "device", "first_layer", "last_layer", "resident_bytes", "fetch_bytes", "kv_bytes_per_token", "capacity_bytes", "modules", "workspace_bytes", "kv_bytes", "predicted_load_seconds")
+    __slots__ = ("index", "node", "device", "first_layer", "last_layer", "resident_bytes", "fetch_bytes", "kv_bytes_per_token", "capacity_bytes", "modules", "workspace_bytes", "kv_bytes", "predicted_load_seconds", "kv_budget_bytes")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -239,6 +251,7 @@ class StagePlan(_message.Message):
     WORKSPACE_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_LOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    KV_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     index: int
     node: str
     device: str
@@ -252,10 +265,11 @@ class StagePlan(_message.Message):
     workspace_bytes: int
     kv_bytes: int
     predicted_load_seconds: float
-    def __init__(self, index: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., fetch_bytes: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., modules: _Optional[_Iterable[str]] = ..., workspace_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., predicted_load_seconds: _Optional[float] = ...) -> None: ...
+    kv_budget_bytes: int
+    def __init__(self, index: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., fetch_bytes: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., modules: _Optional[_Iterable[str]] = ..., workspace_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., predicted_load_seconds: _Optional[float] = ..., kv_budget_bytes: _Optional[int] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "state", "plan", "residency", "config_json", "generation_config_json", "path", "reason", "load_seconds")
+    __slots__ = ("name", "state", "plan", "residency", "config_json", "generation_config_json", "path", "reason", "load_seconds", "recoveries", "recovery_seconds")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
@@ -265,6 +279,8 @@ class ModelInfo(_message.Message):
     PATH_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     LOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RECOVERIES_FIELD_NUMBER: _ClassVar[int]
+    RECOVERY_SECONDS_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: ModelState
     plan: Plan
@@ -274,7 +290,19 @@ class ModelInfo(_message.Message):
     path: str
     reason: str
     load_seconds: float
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., residency: _Optional[_Iterable[_Union[StageResidency, _Mapping]]] = ..., config_json: _Optional[str] = ..., generation_config_json: _Optional[str] = ..., path: _Optional[str] = ..., reason: _Optional[str] = ..., load_seconds: _Optional[float] = ...) -> None: ...
+    recoveries: int
+    recovery_seconds: float
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., residency: _Optional[_Iterable[_Union[StageResidency, _Mapping]]] = ..., config_json: _Optional[str] = ..., generation_config_json: _Optional[str] = ..., path: _Optional[str] = ..., reason: _Optional[str] = ..., load_seconds: _Optional[float] = ..., recoveries: _Optional[int] = ..., recovery_seconds: _Optional[float] = ...) -> None: ...
+
+class ModelCard(_message.Message):
+    __slots__ = ("info", "source", "options")
+    INFO_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    info: ModelInfo
+    source: ModelSource
+    options: LoadOptions
+    def __init__(self, info: _Optional[_Union[ModelInfo, _Mapping]] = ..., source: _Optional[_Union[ModelSource, _Mapping]] = ..., options: _Optional[_Union[LoadOptions, _Mapping]] = ...) -> None: ...
 
 class StageResidency(_message.Message):
     __slots__ = ("stage", "measured_bytes", "modules", "fetched_bytes", "load")

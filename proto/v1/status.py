@@ -27,6 +27,8 @@ _CODES: dict[type[errors.ShardliftError], int] = {
     errors.ModelNotFoundError: code_pb2.NOT_FOUND,
     errors.ModelUnavailableError: code_pb2.UNAVAILABLE,
     errors.WorkerDiedError: code_pb2.UNAVAILABLE,
+    errors.ModelBusyError: code_pb2.RESOURCE_EXHAUSTED,
+    errors.SessionExpiredError: code_pb2.ABORTED,
     errors.LoadCancelledError: code_pb2.ABORTED,
     errors.AuthenticationError: code_pb2.UNAUTHENTICATED,
     errors.GatewayUnavailableError: code_pb2.UNAVAILABLE,
