@@ -29,6 +29,12 @@ class _ElsewhereLayer(DynamicLayer):
     def advance(self, tokens: int) -> None:
         self.length += tokens
 
+    def crop(self, tokens_to_remove: int) -> None:
+        self.length -= abs(tokens_to_remove)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        pass
+
 
 class _ElsewhereSlidingLayer(DynamicSlidingWindowLayer):
     """The same for a layer with a sliding window."""
@@ -36,12 +42,19 @@ class _ElsewhereSlidingLayer(DynamicSlidingWindowLayer):
     def advance(self, tokens: int) -> None:
         self.cumulative_length += tokens
 
+    def crop(self, tokens_to_remove: int) -> None:
+        self.cumulative_length -= abs(tokens_to_remove)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        pass
+
 
 class StageCache:
     """`cache` is what a model's forward takes as `past_key_values`; call `advance` after each forward."""
 
     def __init__(self, config: PreTrainedConfig, cut: Cut) -> None:
-        self.cache = DynamicCache(config=config.get_text_config(decoder=True))
+        self._config = config.get_text_config(decoder=True)
+        self.cache = DynamicCache(config=self._config)
         assert len(self.cache.layers) == cut.num_layers, (len(self.cache.layers), cut.num_layers)
         self._elsewhere: list[Any] = []
         for index, layer in enumerate(self.cache.layers):
@@ -51,11 +64,46 @@ class StageCache:
             self.cache.layers[index] = self._elsewhere[-1]
         self.length = 0
 
+    def shape_after(self, tokens: int) -> DynamicCache:
+        """What the cache will look like to whoever makes a mask, `tokens` positions from now. Holds nothing."""
+        cache = DynamicCache(config=self._config)
+        cache.layers = [_elsewhere(layer) for layer in cache.layers]
+        for layer in cache.layers:
+            layer.advance(self.length + tokens)
+        return cache
+
     def advance(self, tokens: int) -> None:
         """Notes that `tokens` positions went through the model."""
         self.length += tokens
         for layer in self._elsewhere:
             layer.advance(tokens)
+
+    def keep(self, length: int) -> None:
+        """Forgets all positions but the first `length`; only where `can_keep` says so."""
+        assert self.can_keep(length)
+        if length < self.length:
+            for layer in self.cache.layers:
+                layer.crop(length - self.length)
+            self.length = length
+
+    def can_keep(self, length: int) -> bool:
+        """Whether `keep` is possible. A window that has moved on has lost what it would have to hold again.
+
+        The same on every stage: layers of other stages count too.
+        """
+        windows = [layer.sliding_window for layer in self.cache.layers if layer.is_sliding]
+        return length >= self.length or self.length < min(windows, default=self.length + 1)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Row i becomes what row rows[i] was."""
+        for layer in self.cache.layers:
+            if layer.is_initialized or layer in self._elsewhere:
+                layer.batch_select_indices(rows)
+
+    @property
+    def held(self) -> list[Any]:
+        """This stage's own layers of the cache."""
+        return [layer for layer in self.cache.layers if layer not in self._elsewhere]
 
     @property
     def size_bytes(self) -> int:
