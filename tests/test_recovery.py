@@ -6,7 +6,6 @@ import concurrent.futures
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
