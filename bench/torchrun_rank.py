@@ -13,7 +13,7 @@ from transformers.distributed import DistributedConfig
 
 from tests.support.quantization import nf4
 
-from .streams import one, repeated
+from .streams import exactly, one, prompt, repeated
 
 
 def main() -> None:
@@ -30,8 +30,9 @@ def main() -> None:
         distributed_config=DistributedConfig(pp_size=int(os.environ["WORLD_SIZE"])),
     )
     rates = repeated(lambda: one(model, options.tokens), options.repeat)
+    ids = model.generate(prompt(0), **exactly(options.tokens))
     if torch.distributed.get_rank() == 0:
-        print(json.dumps(rates), flush=True)
+        print(json.dumps({"rates": rates, "ids": ids[0].tolist()}), flush=True)
     torch.distributed.destroy_process_group()
 
 

@@ -14,6 +14,7 @@ from ..worker.records import HubToken, SourceSpec
 from ..worker.service import SECRET_HEADER
 from ..worker.spec import LoadReport, StageSpec
 from . import loads, requests
+from .devices import gpus_or_all
 from .placement import Placement, call, end_process, is_there, kill, place_again, place_elsewhere
 from .plan import PlannedStage
 from .planning import OutlinedModel, outline_model
@@ -194,7 +195,9 @@ class Resident:
         devices = await asyncio.wait_for(asyncio.to_thread(discover, held(), gone), _DISCOVER_TIMEOUT_S)
         need = stage.resident_bytes + stage.workspace_bytes + stage.kv_budget_bytes
         kind = "cuda" if spec.device.startswith("cuda") else "cpu"
-        fitting = [device for device in devices if device.kind == kind and device.capacity_bytes >= need]
+        # As a plan chooses: a node's processor beside GPUs is not a device.
+        able = [device for device in gpus_or_all(devices) if device.kind == kind]
+        fitting = [device for device in able if device.capacity_bytes >= need]
         if not fitting:
             raise OutOfMemoryError(
                 f"stage {index} is lost ({one_line(why)}) and needs {need:,} bytes of a {kind} device, which no other "

@@ -27,7 +27,8 @@ HEAD, FIRST, SECOND, SPARE, LATE = (f"127.0.0.{number}" for number in range(31, 
 def node(address: str, slots: int) -> dict[str, Any]:
     return {
         "node_ip_address": address,
-        "num_cpus": 2,
+        # The head takes no work.
+        "num_cpus": 2 * slots,
         "num_gpus": slots,
         "memory": 500 << 20,
         "object_store_memory": 80 << 20,

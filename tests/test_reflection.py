@@ -73,7 +73,7 @@ def test_a_stranger_finds_its_way(cluster: RunningCluster, folder: Path) -> None
         told["services"]
     )
     assert told["health"] == [{"status": "SERVING"}]
-    assert [model["name"] for model in told["models"][0]["models"]] == ["told"]
+    assert "told" in [model["name"] for model in told["models"][0]["models"]]
     tokens = [int(step["step"]["tokenIds"][0]) for step in told["generate"] if "step" in step]
     assert tokens == expected[0, 4:].tolist()
     lengths = [int(answer["done"]["length"]) for answer in told["session"] if "done" in answer]

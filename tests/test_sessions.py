@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from shardlift.proto.v1 import errors, inference_pb2
 from shardlift.proto.v1.status import from_rpc_error
-from shardlift.proto.v1.wire import Assembly
 from shardlift.worker.spec import SessionLimits
 from shardlift.worker.stage import ResidentStage
-from shardlift.worker.tensors import from_bytes, to_message
+from shardlift.worker.tensors import to_message
 from tests.support import checkpoints, ring
 from tests.support.quantization import nf4
+from tests.support.session import Session
 
 IDS = torch.arange(5, 17)[None]
 
@@ -49,58 +49,6 @@ async def pipeline(stages: list[ResidentStage]) -> AsyncIterator[ring.Ring]:
 @pytest.fixture
 def whole(case: tuple[Path, PreTrainedModel]) -> PreTrainedModel:
     return case[1]
-
-
-class Session:
-    """A Session call, action by action."""
-
-    def __init__(self, pipeline: ring.Ring, **metadata: str) -> None:
-        self.call = pipeline.stub.Session(
-            metadata=[*pipeline.metadata, *((f"x-shardlift-{name}", value) for name, value in metadata.items())]
-        )
-        self.length = self.rows = 0
-
-    async def act(self, **fields: Any) -> tuple[torch.Tensor | None, list[list[int]]]:
-        """Logits of a pass, tokens of a generation."""
-        await self.call.write(inference_pb2.SessionRequest(**fields))
-        logits: Assembly | None = None
-        tokens: list[list[int]] = []
-        while True:
-            response = await self.call.read()
-            assert response is not grpc.aio.EOF
-            kind = response.WhichOneof("event")
-            if kind == "done":
-                self.length, self.rows = response.done.length, response.done.rows
-                break
-            if kind == "forward":
-                if response.forward.HasField("logits"):
-                    logits = Assembly(response.forward.logits)
-                else:
-                    assert logits is not None
-                    logits.add(response.forward.more)
-            elif response.generate.HasField("step"):
-                tokens.append(list(response.generate.step.token_ids))
-        return None if logits is None else from_bytes(logits.shape, logits.dtype, logits.data), tokens
-
-    async def forward(self, ids: torch.Tensor, **fields: Any) -> torch.Tensor:
-        logits, _ = await self.act(forward=inference_pb2.ForwardRequest(input_ids=to_message(ids)), **fields)
-        assert logits is not None
-        return logits
-
-    async def generate(
-        self, ids: torch.Tensor, mask: torch.Tensor | None = None, *, keep: int | None = None, **fields: Any
-    ) -> torch.Tensor:
-        """New tokens [rows, new]."""
-        request = inference_pb2.GenerateRequest(input_ids=to_message(ids), seed=fields.pop("seed", None))
-        if mask is not None:
-            request.attention_mask.CopyFrom(to_message(mask))
-        request.generation.update(fields)
-        _, tokens = await self.act(generate=request, keep=keep)
-        return torch.tensor(tokens).T
-
-    async def close(self) -> None:
-        await self.call.done_writing()
-        assert await self.call.read() is grpc.aio.EOF
 
 
 async def failure(awaitable: Any) -> Exception:

@@ -191,8 +191,9 @@ def _frames(items: Sequence[_Item]) -> Iterator[stage_pb2.StepRequest | bytes]:
         if item is not None and _is_single(item):
             step = item[1]
             assert isinstance(step, stage_pb2.Step)
-            size = sum(len(one.input.data) for one in together) + len(step.input.data)
-            if not together or (_is_alike(step, together[0]) and size <= FRAME_BYTES):
+            # With their masks, which may be larger than what they mask.
+            size = sum(one.ByteSize() for one in together) + step.ByteSize()
+            if not together or (_is_alike(step, together[0]) and size <= 2 * FRAME_BYTES):
                 together.append(step)
                 continue
             yield _group(together)

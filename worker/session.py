@@ -95,10 +95,14 @@ class RingSession:
         )
 
     def select_rows(self, rows: tuple[int, ...]) -> None:
-        """Row i goes on from what is now row rows[i]. Raises InvalidRequestError for a row that isn't there."""
+        """Row i goes on from what is now row rows[i].
+
+        Raises InvalidRequestError for a row that isn't there, OutOfMemoryError for more than have room.
+        """
         if not all(row < self.rows for row in rows):
             raise InvalidRequestError(f"row {max(rows)} of a session with {self.rows} rows")
         assert self._past is not None
+        self._ticket.reserve(max(self._ticket.tokens, len(rows) * self.length))
         self._select = tuple(self._select[row] for row in rows) if self._select else rows
         self._past = self._past.select(rows)
 
