@@ -163,7 +163,7 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         past, batch = 0, 0
         try:
             async for request in request_iterator:
-                step = _forward_step(request, past)
+                step = _forward_step(request, past, self._pipeline.stage)
                 if past and (step.input.shape[0] != batch or not step.use_cache):
                     raise InvalidRequestError(
                         f"this session keeps {past} tokens of {batch} rows: its passes need as many rows, and use_cache"
@@ -272,7 +272,7 @@ def _advance(decoding: Decoding, logits: torch.Tensor, session: _Session) -> _Ad
     )
 
 
-def _forward_step(request: inference_pb2.ForwardRequest, past: int) -> StepInput:
+def _forward_step(request: inference_pb2.ForwardRequest, past: int, stage: ResidentStage) -> StepInput:
     input_ids = check_ids("input_ids", from_message(request.input_ids))
     batch, length = input_ids.shape
     attention_mask = _mask(request.attention_mask) if request.HasField("attention_mask") else None
@@ -287,8 +287,7 @@ def _forward_step(request: inference_pb2.ForwardRequest, past: int) -> StepInput
                 f"position_ids has shape {list(position_ids.shape)}; the new tokens need {[batch, length]}"
             )
     else:
-        # As every model of transformers counts where it is given none.
-        position_ids = torch.arange(past, past + length)[None]
+        position_ids = stage.positions(attention_mask, past, length)
     return StepInput(
         input=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=request.use_cache
     )

@@ -93,7 +93,7 @@ class Skeleton:
 
     @property
     def base(self) -> nn.Module:
-        return getattr(self.model, self.anatomy.base)
+        return self.model.get_submodule(self.anatomy.base)
 
     @property
     def num_layers(self) -> int:
@@ -180,7 +180,12 @@ class Skeleton:
         if latent := getattr(config, "kv_lora_rank", None):
             # Multi-head latent attention keeps one compressed vector, and the rotary part of the keys.
             return [latent + config.qk_rope_head_dim] * self.num_layers
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        if getattr(config, "new_decoder_architecture", False):
+            heads = config.num_attention_heads  # Falcon repeats keys and values before it keeps them
+        elif getattr(config, "multi_query", False):
+            heads = 1
+        else:
+            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return [2 * heads * head_dim] * self.num_layers
 
@@ -386,6 +391,13 @@ class _PassThrough(nn.Module):
         return args[0] if args else next(iter(kwargs.values()))
 
 
+class _PassThroughLayer(_PassThrough):
+    """The same for a layer that gives its output as the first entry of a tuple."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return (super().forward(*args, **kwargs),)
+
+
 class _Zero(nn.Module):
     """Stands for an embedding that the first stage has already added."""
 
@@ -414,7 +426,7 @@ def cut_skeleton(skeleton: Skeleton, cut: Cut) -> None:
     layers = getattr(base, anatomy.layers)
     for index in range(len(layers)):
         if absent(Place(part="layer", layer=index)):
-            layers[index] = _PassThrough()
+            layers[index] = _PassThroughLayer() if anatomy.layers_give_tuples else _PassThrough()
     if absent(Place(part="embedding")):
         setattr(base, anatomy.embedding, _PassThrough())
     if absent(Place(part="before")):
