@@ -49,6 +49,8 @@ class Anatomy:
 _LLAMA = Anatomy()
 
 FAMILIES: dict[str, Anatomy] = {
+    "apertus": _LLAMA,
+    "arcee": _LLAMA,
     "bloom": Anatomy(
         base="transformer",
         layers="h",
@@ -61,7 +63,9 @@ FAMILIES: dict[str, Anatomy] = {
     "cohere2": _LLAMA,
     "deepseek_v2": _LLAMA,
     "deepseek_v3": _LLAMA,
+    "dots1": _LLAMA,
     "ernie4_5": _LLAMA,
+    "ernie4_5_moe": _LLAMA,
     "exaone4": _LLAMA,
     "falcon": Anatomy(
         base="transformer",
@@ -112,8 +116,13 @@ FAMILIES: dict[str, Anatomy] = {
     ),
     "granite": Anatomy(neutral={"embedding_multiplier": 1.0}),
     "granitemoe": Anatomy(neutral={"embedding_multiplier": 1.0}),
+    "granitemoeshared": Anatomy(neutral={"embedding_multiplier": 1.0}),
+    "hunyuan_v1_dense": _LLAMA,
+    "hunyuan_v1_moe": _LLAMA,
     "llama": _LLAMA,
     "llama4_text": _LLAMA,
+    "minimax_m2": _LLAMA,
+    "ministral3": _LLAMA,
     "mistral": _LLAMA,
     "mixtral": _LLAMA,
     "mpt": Anatomy(
@@ -127,6 +136,7 @@ FAMILIES: dict[str, Anatomy] = {
     "nemotron": _LLAMA,
     "olmo": _LLAMA,
     "olmo2": _LLAMA,
+    "olmo3": _LLAMA,
     "olmoe": _LLAMA,
     "opt": Anatomy(
         base="model.decoder",
@@ -138,6 +148,7 @@ FAMILIES: dict[str, Anatomy] = {
     ),
     "phi": Anatomy(before=("embed_dropout",), after=("final_layernorm",)),
     "phi3": _LLAMA,
+    "phimoe": _LLAMA,
     "qwen2": _LLAMA,
     "qwen2_moe": _LLAMA,
     "qwen3": _LLAMA,

@@ -350,6 +350,77 @@ FAMILIES: dict[str, Family] = {
             "floor_scale": 8,
         },
     ),
+    # Positions turn in each kind of layer by frequencies of its own.
+    "olmo3": Family(
+        models="OLMo 3",
+        config_class="Olmo3Config",
+        config={
+            "sliding_window": 16,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "minimax_m2": Family(
+        models="MiniMax M2",
+        config_class="MiniMaxM2Config",
+        config={"head_dim": _HEAD_DIM, "rotary_dim": _HEAD_DIM // 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "ernie4_5_moe": Family(
+        models="ERNIE 4.5 MoE",
+        config_class="Ernie4_5_MoeConfig",
+        config={
+            "use_bias": True,
+            "moe_intermediate_size": _HIDDEN,
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_num_shared_experts": 1,
+        },
+    ),
+    "dots1": Family(
+        models="dots.llm1",
+        config_class="Dots1Config",
+        config={
+            "moe_intermediate_size": _HIDDEN,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "first_k_dense_replace": 1,
+            "sliding_window": 16,
+            "max_window_layers": 2,
+        },
+    ),
+    "apertus": Family(models="Apertus", config_class="ApertusConfig"),
+    "granitemoeshared": Family(
+        models="Granite 3 MoE with shared experts",
+        config_class="GraniteMoeSharedConfig",
+        config={
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.125,
+            "logits_scaling": 4.0,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": _HIDDEN,
+        },
+    ),
+    "phimoe": Family(
+        models="Phi-3.5 MoE",
+        config_class="PhimoeConfig",
+        config={"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
+    ),
+    "arcee": Family(models="AFM 4.5B", config_class="ArceeConfig"),
+    "hunyuan_v1_dense": Family(
+        models="Hunyuan dense", config_class="HunYuanDenseV1Config", config={"head_dim": _HEAD_DIM}
+    ),
+    # Its router is a linear layer like any other, and quantized: as many experts as a kernel has columns.
+    "hunyuan_v1_moe": Family(
+        models="Hunyuan A13B",
+        config_class="HunYuanMoEV1Config",
+        config={"head_dim": _HEAD_DIM, "num_experts": 32, "moe_topk": 2},
+    ),
+    "ministral3": Family(models="Ministral 3", config_class="Ministral3Config", config={"head_dim": _HEAD_DIM}),
     "qwen3_moe": Family(
         models="Qwen3 MoE",
         config_class="Qwen3MoeConfig",
