@@ -87,7 +87,7 @@ class RemoteModel:
         if self._config is None:
             from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-            values = json.loads(self._known().config_json or "{}")
+            values = json.loads(self._known().config_json or "{}", object_hook=_special_float)
             kind = values.get("model_type", "")
             config_class = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PreTrainedConfig  # noqa: SIM401 - its get() imports all
             self._config = config_class.from_dict(values)
@@ -367,3 +367,8 @@ def _check_names(chosen: Mapping[str, Any]) -> None:
     known = GenerationConfig()
     if unused := sorted(name for name, value in chosen.items() if value is not None and not hasattr(known, name)):
         raise InvalidRequestError(f"generate has no arguments {', '.join(unused)}: is that a typo?")
+
+
+def _special_float(value: dict[str, Any]) -> Any:
+    """transformers writes infinity into a config as {"__float__": "Infinity"}."""
+    return float(value["__float__"]) if set(value) == {"__float__"} else value

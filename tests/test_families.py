@@ -28,6 +28,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt-projected": ("opt", {"word_embed_proj_dim": 128, "do_layer_norm_before": False}),
     "gpt_bigcode-multihead": ("gpt_bigcode", {"multi_query": False}),
     "falcon-new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    # A stage of states alone, and one of keys and values alone.
+    "qwen3_next-rare": ("qwen3_next", {"full_attention_interval": 4}),
     "falcon-alibi": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
 }
 CASES = {family: (family, {}) for family in sorted(FAMILIES)} | VARIANTS

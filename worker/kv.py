@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from ..proto.v1.errors import UnsupportedModelError
 from .anatomy import Cut
@@ -37,6 +37,13 @@ class _ElsewhereSlidingLayer(DynamicSlidingWindowLayer):
         self.cumulative_length += tokens
 
 
+class _ElsewhereLinearLayer(LinearAttentionLayer):
+    """The same for a layer that keeps states in place of keys and values: it has no length, only a past or none."""
+
+    def advance(self, tokens: int) -> None:
+        self.has_previous_state: dict[int, bool] = dict.fromkeys(range(self.number_of_states), True)
+
+
 class StageCache:
     """`cache` is what a model's forward takes as `past_key_values`; call `advance` after each forward."""
 
@@ -59,10 +66,13 @@ class StageCache:
 
     @property
     def size_bytes(self) -> int:
-        """Device bytes of keys and values, counted by storage: a window keeps what it is a view of."""
+        """Device bytes of keys, values and states, counted by storage: a window keeps what it is a view of."""
         storages = {}
         for layer in self.cache.layers:
-            for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            kept = [getattr(layer, "keys", None), getattr(layer, "values", None)]
+            if isinstance(layer, LinearAttentionLayer):
+                kept += [*layer.conv_states.values(), *layer.recurrent_states.values()]
+            for tensor in kept:
                 if isinstance(tensor, torch.Tensor) and tensor.numel():
                     storage = tensor.untyped_storage()
                     storages[storage.data_ptr()] = storage.nbytes()
@@ -74,4 +84,6 @@ def _elsewhere(layer: Any) -> Any:
         return _ElsewhereLayer()
     if type(layer) is DynamicSlidingWindowLayer:
         return _ElsewhereSlidingLayer(sliding_window=layer.sliding_window)
+    if type(layer) is LinearAttentionLayer:
+        return _ElsewhereLinearLayer(number_of_states=layer.number_of_states)
     raise UnsupportedModelError(f"a pipeline can't yet keep a cache layer of kind {type(layer).__name__}")

@@ -179,15 +179,42 @@ class Skeleton:
         config = self.model.config.get_text_config(decoder=True)
         if latent := getattr(config, "kv_lora_rank", None):
             # Multi-head latent attention keeps one compressed vector, and the rotary part of the keys.
-            return [latent + config.qk_rope_head_dim] * self.num_layers
-        if getattr(config, "new_decoder_architecture", False):
-            heads = config.num_attention_heads  # Falcon repeats keys and values before it keeps them
-        elif getattr(config, "multi_query", False):
-            heads = 1
+            elements = latent + config.qk_rope_head_dim
         else:
-            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return [2 * heads * head_dim] * self.num_layers
+            if getattr(config, "new_decoder_architecture", False):
+                heads = config.num_attention_heads  # Falcon repeats keys and values before it keeps them
+            elif getattr(config, "multi_query", False):
+                heads = 1
+            else:
+                heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            elements = 2 * heads * head_dim
+        return [0 if keeps_state else elements for keeps_state in self._keeps_state()]
+
+    def state_bytes_per_row(self) -> list[int]:
+        """Bytes that each layer keeps for one row however long it is: what a linear layer has in place of keys.
+
+        The last inputs of its convolution, and a float32 matrix for each head where it is recurrent.
+        """
+        config = self.model.config.get_text_config(decoder=True)
+        recurrent = 0
+        if heads := getattr(config, "linear_num_value_heads", None):
+            recurrent = heads * config.linear_key_head_dim * config.linear_value_head_dim
+        elif heads := getattr(config, "mamba_n_heads", None):
+            recurrent = heads * config.mamba_d_head * config.mamba_d_state
+        states = []
+        for layer, keeps_state in zip(getattr(self.base, self.anatomy.layers), self._keeps_state(), strict=True):
+            inputs = sum(
+                module.out_channels * module.kernel_size[0]
+                for module in layer.modules()
+                if isinstance(module, nn.Conv1d)
+            )
+            states.append(inputs * self.dtype.itemsize + 4 * recurrent if keeps_state else 0)
+        return states
+
+    def _keeps_state(self) -> list[bool]:
+        kinds = getattr(self.model.config.get_text_config(decoder=True), "layer_types", None)
+        return [kind in ("linear_attention", "conv") for kind in kinds or [""] * self.num_layers]
 
     @property
     def head_is_tied(self) -> bool:
@@ -206,7 +233,8 @@ def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
         )
     anatomy_of(model_type)
     try:
-        return CONFIG_MAPPING[model_type].from_dict(dict(config))
+        # A file has infinity as an object of its own, which transformers resolves as it reads one.
+        return CONFIG_MAPPING[model_type].from_dict(PreTrainedConfig._decode_special_floats(dict(config)))
     except Exception as error:
         raise InvalidRequestError(f"config.json is not a valid {model_type} config: {one_line(error)}") from error
 

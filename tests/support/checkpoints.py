@@ -421,6 +421,90 @@ FAMILIES: dict[str, Family] = {
         config={"head_dim": _HEAD_DIM, "num_experts": 32, "moe_topk": 2},
     ),
     "ministral3": Family(models="Ministral 3", config_class="Ministral3Config", config={"head_dim": _HEAD_DIM}),
+    # Every second layer keeps keys and values, the others a state.
+    "qwen3_next": Family(
+        models="Qwen3-Next, Qwen3-Coder-Next",
+        config_class="Qwen3NextConfig",
+        config={
+            "head_dim": _HEAD_DIM,
+            "full_attention_interval": 2,
+            "linear_num_key_heads": 8,
+            "linear_num_value_heads": 16,
+            "linear_key_head_dim": _HEAD_DIM,
+            "linear_value_head_dim": _HEAD_DIM,
+            "moe_intermediate_size": _HIDDEN,
+            "shared_expert_intermediate_size": _HIDDEN,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        # One row.
+        unquantized=("shared_expert_gate",),
+    ),
+    "qwen3_5_text": Family(
+        models="Qwen3.5, text only",
+        config_class="Qwen3_5TextConfig",
+        config={
+            "head_dim": _HEAD_DIM,
+            "full_attention_interval": 2,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
+            "linear_key_head_dim": _HEAD_DIM,
+            "linear_value_head_dim": _HEAD_DIM,
+        },
+    ),
+    "lfm2": Family(
+        models="LFM2",
+        config_class="Lfm2Config",
+        config={"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    ),
+    "qwen3_5_moe_text": Family(
+        models="Qwen3.5 MoE, text only",
+        config_class="Qwen3_5MoeTextConfig",
+        config={
+            "head_dim": _HEAD_DIM,
+            "full_attention_interval": 2,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
+            "linear_key_head_dim": _HEAD_DIM,
+            "linear_value_head_dim": _HEAD_DIM,
+            "moe_intermediate_size": _HIDDEN,
+            "shared_expert_intermediate_size": _HIDDEN,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        drop=("intermediate_size",),
+        # One row.
+        unquantized=("shared_expert_gate",),
+    ),
+    "lfm2_moe": Family(
+        models="LFM2 MoE",
+        config_class="Lfm2MoeConfig",
+        config={
+            "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+            "num_dense_layers": 1,
+            "moe_intermediate_size": _HIDDEN,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "granitemoehybrid": Family(
+        models="Granite 4",
+        config_class="GraniteMoeHybridConfig",
+        config={
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.125,
+            "logits_scaling": 4.0,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": _HIDDEN,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+            "mamba_n_heads": 32,
+            "mamba_d_head": 4,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 16,
+        },
+    ),
     "qwen3_moe": Family(
         models="Qwen3 MoE",
         config_class="Qwen3MoeConfig",
@@ -454,6 +538,8 @@ def tiny(
     recipe = FAMILIES[family]
     values = {key: value for key, value in _COMMON.items() if key not in recipe.drop}
     values |= recipe.config | {"num_hidden_layers": layers} | config
+    if "layer_types" in values:
+        values["layer_types"] = values["layer_types"][:layers]
     if tied is not None:
         values["tie_word_embeddings"] = tied
     model_config = getattr(transformers, recipe.config_class)(**values)
