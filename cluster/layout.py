@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from ..proto.v1.errors import InvalidRequestError, TensorMismatchError, UnsupportedModelError
-from ..worker.anatomy import Cut, place_of
+from ..worker.anatomy import TEXT_PARTS, Cut, place_of
 from ..worker.quantization import describe_quantization
 from ..worker.records import DTYPES, TensorRecord
 from ..worker.skeleton import KeyMap, ParameterInfo, Skeleton, build_skeleton, parse_config, unmatched_keys
@@ -89,6 +89,8 @@ def lay_out(
         quantize_experts=quantize_experts,
     )
     infos = list(skeleton.parameters())
+    if part := TEXT_PARTS.get(str(config.get("model_type"))):
+        records = {key: record for key, record in records.items() if not key.startswith(part.others)}
     targets = _match(skeleton, infos, records)
     fetch: dict[str, int] = {}
     for key, target in targets.items():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, PreTrainedModel
 
-from shardlift.worker.anatomy import FAMILIES
+from shardlift.worker.anatomy import FAMILIES, TEXT_PARTS
 from tests.support import checkpoints, ring
 from tests.support.quantization import nf4
 
@@ -68,6 +68,24 @@ async def test_logits_and_tokens_equal_one_process(case: Case, cut: str) -> None
             await check_forward(pipeline, whole, ids, mask)
             for chunks in ((LENGTH,), CHUNKS):
                 await check_decoding(pipeline, whole, ids, mask, chunks, DECODED if len(chunks) == 1 else 4)
+            await check_generate(pipeline, whole, ids, mask)
+        await pipeline.idle()
+
+
+@pytest.mark.parametrize("model_type", TEXT_PARTS)
+async def test_the_text_of_a_model_with_images(model_type: str, tmp_path: Path) -> None:
+    """As AutoModelForCausalLM makes it of the same files, and without a byte of the rest."""
+    folder = checkpoints.tiny_with_images(model_type, tmp_path)
+    quantization = nf4(skip=checkpoints.FAMILIES[TEXT_PARTS[model_type].model_type].unquantized)
+    whole = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.bfloat16)
+    specs = ring.specs(folder, (1, 3), quantization=quantization.to_dict(), dtype="bfloat16")
+    assert not [record.key for spec in specs for record in spec.records if "vis" in record.key]
+    stages = ring.load(folder, (1, 3), quantization=quantization.to_dict(), dtype="bfloat16")
+    async with ring.serve(stages) as pipeline:
+        for padded in (False, True):
+            ids, mask = prompt(padded=padded)
+            await check_forward(pipeline, whole, ids, mask)
+            await check_decoding(pipeline, whole, ids, mask, CHUNKS, 4)
             await check_generate(pipeline, whole, ids, mask)
         await pipeline.idle()
 

@@ -166,6 +166,25 @@ FAMILIES: dict[str, Anatomy] = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextPart:
+    """The causal model inside a model that takes images too, and what its checkpoint's other tensors begin with.
+
+    model_type: the text's, a key of FAMILIES. others: those alone that transformers doesn't itself know to ignore.
+    """
+
+    model_type: str
+    others: tuple[str, ...] = ()
+
+
+# Those for which `AutoModelForCausalLM` makes a model of the text alone. By the checkpoint's model type.
+TEXT_PARTS: dict[str, TextPart] = {
+    "llama4": TextPart(model_type="llama4_text", others=("multi_modal_projector.", "vision_model.")),
+    "qwen3_5": TextPart(model_type="qwen3_5_text"),
+    "qwen3_5_moe": TextPart(model_type="qwen3_5_moe_text"),
+}
+
+
 def anatomy_of(model_type: str) -> Anatomy:
     """The anatomy of a family. Raises UnsupportedModelError for one that isn't listed."""
     anatomy = FAMILIES.get(model_type)

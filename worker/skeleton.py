@@ -48,7 +48,7 @@ from ..proto.v1.errors import (
     UnsupportedModelError,
     one_line,
 )
-from .anatomy import Anatomy, Cut, Place, anatomy_of, place_of
+from .anatomy import TEXT_PARTS, Anatomy, Cut, Place, anatomy_of, place_of
 from .experts import PROJECTIONS, Experts4bit, by_expert, is_separable
 from .merge import MergedParameter, first_rows
 from .serialized import restore
@@ -223,7 +223,10 @@ class Skeleton:
 
 
 def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
-    """A `config.json` as transformers' config object. Raises UnsupportedModelError, InvalidRequestError."""
+    """A `config.json` as transformers' config object; of a model with images, its text's, as AutoModelForCausalLM does.
+
+    Raises UnsupportedModelError, InvalidRequestError.
+    """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         architectures = config.get("architectures")
@@ -231,10 +234,12 @@ def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
             f"config.json names model type {model_type!r} (architectures {architectures}), which the installed "
             "transformers doesn't know: is it a transformers checkpoint, or does it need a newer release?"
         )
-    anatomy_of(model_type)
+    part = TEXT_PARTS.get(model_type)
+    anatomy_of(model_type if part is None else part.model_type)
     try:
         # A file has infinity as an object of its own, which transformers resolves as it reads one.
-        return CONFIG_MAPPING[model_type].from_dict(PreTrainedConfig._decode_special_floats(dict(config)))
+        parsed = CONFIG_MAPPING[model_type].from_dict(PreTrainedConfig._decode_special_floats(dict(config)))
+        return parsed if part is None else parsed.get_text_config()
     except Exception as error:
         raise InvalidRequestError(f"config.json is not a valid {model_type} config: {one_line(error)}") from error
 

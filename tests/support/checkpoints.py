@@ -19,6 +19,7 @@ import filelock
 import torch
 import transformers
 from tokenizers import pre_tokenizers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 _SMOLLM2_FOLDER = "SmolLM2-135M-Instruct"
 _SMOLLM2_MAX_POSITIONS = 8192
@@ -338,7 +339,7 @@ FAMILIES: dict[str, Family] = {
     ),
     # Layers with chunks turn positions, the others are scaled by them; every second layer has experts and a shared one.
     "llama4_text": Family(
-        models="Llama 4, text only",
+        models="Llama 4 (its text)",
         config_class="Llama4TextConfig",
         config={
             "head_dim": _HEAD_DIM,
@@ -441,7 +442,7 @@ FAMILIES: dict[str, Family] = {
         unquantized=("shared_expert_gate",),
     ),
     "qwen3_5_text": Family(
-        models="Qwen3.5, text only",
+        models="Qwen3.5 (its text)",
         config_class="Qwen3_5TextConfig",
         config={
             "head_dim": _HEAD_DIM,
@@ -458,7 +459,7 @@ FAMILIES: dict[str, Family] = {
         config={"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     ),
     "qwen3_5_moe_text": Family(
-        models="Qwen3.5 MoE, text only",
+        models="Qwen3.5 MoE (its text)",
         config_class="Qwen3_5MoeTextConfig",
         config={
             "head_dim": _HEAD_DIM,
@@ -549,6 +550,40 @@ def tiny(
         _perturb_vectors(model)
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
+
+
+def tiny_with_images(model_type: str, folder: Path, *, layers: int = 4) -> Path:
+    """Save a tiny random checkpoint of a model whose text is one of `FAMILIES`, in bf16, and return `folder`."""
+    config = CONFIG_MAPPING[model_type]
+    recipe = FAMILIES[config.sub_configs["text_config"].model_type]
+    values = {key: value for key, value in _COMMON.items() if key not in recipe.drop}
+    model_config = config(
+        text_config=values | recipe.config | {"num_hidden_layers": layers}, vision_config=_TINY_VISION[model_type]
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForImageTextToText.from_config(model_config, dtype=torch.float32)
+        _perturb_vectors(model)
+    for parameter in model.parameters():  # and not the buffers, of which Llama 4's are complex
+        parameter.data = parameter.data.to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="200KB")
+    return folder
+
+
+_QWEN_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": _HIDDEN}
+_TINY_VISION: dict[str, dict[str, Any]] = {
+    "llama4": {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vision_output_dim": 32,
+        "projector_input_dim": 32,
+        "projector_output_dim": 32,
+    },
+    "qwen3_5": _QWEN_VISION,
+    "qwen3_5_moe": _QWEN_VISION,
+}
 
 
 def _perturb_vectors(model: torch.nn.Module) -> None:

@@ -12,7 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PreTrainedCo
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from shardlift.worker.anatomy import FAMILIES
+from shardlift.worker.anatomy import FAMILIES, TEXT_PARTS
 from tests.support import checkpoints
 from tests.test_experts import NAMES, NOT_BY_EXPERTS
 from tests.test_families import VARIANTS
@@ -43,13 +43,17 @@ loaded (`tests/test_warm_load.py`).
   *no*: the checkpoint holds a layer's experts in one tensor, or with biases, so they stay in 16 bits.
 - **also**: variants of the family that were run beside the one that its tiny configuration describes.
 
+Of a model that takes images too, the text alone is loaded, as `AutoModelForCausalLM` does it, where the checkpoint's
+`model_type` is one of these: {text_parts}.
+
 | `model_type` | e.g. | keeps | attention | experts in 4 bits | also |
 | --- | --- | --- | --- | --- | --- |
 """
 
 
 def document() -> str:
-    return _TEXT + "".join(_row(family) for family in sorted(FAMILIES))
+    text_parts = ", ".join(f"`{name}` (as `{part.model_type}`)" for name, part in sorted(TEXT_PARTS.items()))
+    return _TEXT.format(text_parts=text_parts) + "".join(_row(family) for family in sorted(FAMILIES))
 
 
 def readme(text: str) -> str:
