@@ -49,8 +49,12 @@ NAMES = {
     "deepseek_v3": _AS_RESIDENT,
     "dots1": _AS_RESIDENT,
     "ernie4_5_moe": _AS_RESIDENT,
+    "exaone_moe": _AS_RESIDENT,
+    "flex_olmo": _AS_RESIDENT,
     "glm4_moe": _AS_RESIDENT,
+    "glm4_moe_lite": _AS_RESIDENT,
     "hunyuan_v1_moe": _AS_RESIDENT,
+    "hy_v3": _AS_RESIDENT,
     "lfm2_moe": ("model.layers.{layer}.feed_forward.experts.{expert}.{name}.weight", ("w1", "w3", "w2")),
     "minimax_m2": _AS_IN_MIXTRAL,
     "mixtral": _AS_IN_MIXTRAL,
@@ -60,6 +64,7 @@ NAMES = {
     "qwen3_5_moe_text": _AS_RESIDENT,
     "qwen3_moe": _AS_RESIDENT,
     "qwen3_next": _AS_RESIDENT,
+    "solar_open": _AS_RESIDENT,
 }
 # Their checkpoints hold a layer's experts in one, or with biases.
 NOT_BY_EXPERTS = {"gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared", "llama4_text"}

@@ -506,6 +506,65 @@ FAMILIES: dict[str, Family] = {
             "mamba_chunk_size": 16,
         },
     ),
+    "glm4_moe_lite": Family(
+        models="GLM-4.7 Flash",
+        config_class="Glm4MoeLiteConfig",
+        config={
+            "num_key_value_heads": _HEADS,
+            "kv_lora_rank": 64,
+            "q_lora_rank": 64,
+            "qk_rope_head_dim": 2 * _HEAD_DIM,
+            "qk_nope_head_dim": _HEAD_DIM,
+            "v_head_dim": _HEAD_DIM,
+            "moe_intermediate_size": _HIDDEN,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "exaone_moe": Family(
+        models="K-EXAONE",
+        config_class="ExaoneMoeConfig",
+        config={
+            "sliding_window": 16,
+            "sliding_window_pattern": 2,
+            "moe_intermediate_size": _HIDDEN,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "flex_olmo": Family(
+        models="FlexOlmo", config_class="FlexOlmoConfig", config={"num_experts": 4, "num_experts_per_tok": 2}
+    ),
+    "ministral": Family(
+        models="Ministral 8B",
+        config_class="MinistralConfig",
+        config={
+            "head_dim": _HEAD_DIM,
+            "sliding_window": 16,
+            "layer_types": ["full_attention", *["sliding_attention"] * 3],
+        },
+    ),
+    "solar_open": Family(
+        models="Solar Open 100B",
+        config_class="SolarOpenConfig",
+        config={
+            "head_dim": _HEAD_DIM,
+            "moe_intermediate_size": _HIDDEN,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "hy_v3": Family(
+        models="Hy3",
+        config_class="HYV3Config",
+        config={
+            "head_dim": _HEAD_DIM,
+            "moe_intermediate_size": _HIDDEN,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "helium": Family(models="Helium 1", config_class="HeliumConfig", config={"head_dim": _HEAD_DIM}),
     "qwen3_moe": Family(
         models="Qwen3 MoE",
         config_class="Qwen3MoeConfig",
