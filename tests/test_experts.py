@@ -66,8 +66,8 @@ NAMES = {
     "qwen3_next": _AS_RESIDENT,
     "solar_open": _AS_RESIDENT,
 }
-# Their checkpoints hold a layer's experts in one, or with biases.
-NOT_BY_EXPERTS = {"gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared", "llama4_text"}
+# Their checkpoints hold a layer's experts in one, or with biases, or the experts have no gate.
+NOT_BY_EXPERTS = {"gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared", "llama4_text", "nemotron_h"}
 
 Checkpoints = Callable[..., Path]
 

@@ -27,6 +27,7 @@ class Anatomy:
     neutral: attributes of the base model that later stages must hold at these values, since they act on
         `inputs_embeds` whatever it holds.
     layers_give_tuples: the loop takes the first entry of what a layer returns.
+    asked_of_layers: attributes of a layer that the loop reads, of another stage's layers too.
     positions: the config's name for how many positions there are, where they are rows of a table; else they have no
         end.
     counts_by_mask: without positions from the caller the model counts by the attention mask, and puts padding at -1;
@@ -42,6 +43,7 @@ class Anatomy:
     head: str = "lm_head"
     neutral: Mapping[str, float] = field(default_factory=dict)
     layers_give_tuples: bool = False
+    asked_of_layers: tuple[str, ...] = ()
     positions: str = ""
     counts_by_mask: bool = False
 
@@ -143,6 +145,7 @@ FAMILIES: dict[str, Anatomy] = {
         positions="max_seq_len",
     ),
     "nemotron": _LLAMA,
+    "nemotron_h": Anatomy(embedding="embeddings", after=("norm_f",), asked_of_layers=("block_type",)),
     "olmo": _LLAMA,
     "olmo2": _LLAMA,
     "olmo3": _LLAMA,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from ..proto.v1.errors import UnsupportedModelError
 from .anatomy import Cut
@@ -52,7 +52,7 @@ class StageCache:
         assert len(self.cache.layers) == cut.num_layers, (len(self.cache.layers), cut.num_layers)
         self._elsewhere: list[Any] = []
         for index, layer in enumerate(self.cache.layers):
-            if cut.first <= index < cut.end:
+            if cut.first <= index < cut.end or isinstance(layer, DummyLayer):  # which keeps nothing anywhere
                 continue
             self._elsewhere.append(_elsewhere(layer))
             self.cache.layers[index] = self._elsewhere[-1]

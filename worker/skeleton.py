@@ -61,6 +61,11 @@ _MORE_INFO: dict[str, Any] = (
 )
 
 
+# Of a config's `layer_types`: those whose layers keep a state in place of keys and values, and those that keep neither.
+_STATE_KINDS = ("conv", "linear_attention")
+_KINDS_WITHOUT_KEYS = (*_STATE_KINDS, "mlp", "moe")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterInfo:
     """A parameter or buffer of the model as it will be resident.
@@ -189,7 +194,7 @@ class Skeleton:
                 heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
             head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             elements = 2 * heads * head_dim
-        return [0 if keeps_state else elements for keeps_state in self._keeps_state()]
+        return [0 if kind in _KINDS_WITHOUT_KEYS else elements for kind in self._layer_kinds()]
 
     def state_bytes_per_row(self) -> list[int]:
         """Bytes that each layer keeps for one row however long it is: what a linear layer has in place of keys.
@@ -202,19 +207,22 @@ class Skeleton:
             recurrent = heads * config.linear_key_head_dim * config.linear_value_head_dim
         elif heads := getattr(config, "mamba_n_heads", None):
             recurrent = heads * config.mamba_d_head * config.mamba_d_state
+        elif heads := getattr(config, "mamba_num_heads", None):
+            recurrent = heads * config.mamba_head_dim * config.ssm_state_size
         states = []
-        for layer, keeps_state in zip(getattr(self.base, self.anatomy.layers), self._keeps_state(), strict=True):
+        for layer, kind in zip(getattr(self.base, self.anatomy.layers), self._layer_kinds(), strict=True):
             inputs = sum(
                 module.out_channels * module.kernel_size[0]
                 for module in layer.modules()
                 if isinstance(module, nn.Conv1d)
             )
-            states.append(inputs * self.dtype.itemsize + 4 * recurrent if keeps_state else 0)
+            states.append(inputs * self.dtype.itemsize + 4 * recurrent if kind in _STATE_KINDS else 0)
         return states
 
-    def _keeps_state(self) -> list[bool]:
+    def _layer_kinds(self) -> list[str]:
+        """transformers' words for them; "" for each where the config has none."""
         kinds = getattr(self.model.config.get_text_config(decoder=True), "layer_types", None)
-        return [kind in ("linear_attention", "conv") for kind in kinds or [""] * self.num_layers]
+        return list(kinds or [""] * self.num_layers)
 
     @property
     def head_is_tied(self) -> bool:
@@ -459,7 +467,9 @@ def cut_skeleton(skeleton: Skeleton, cut: Cut) -> None:
     layers = getattr(base, anatomy.layers)
     for index in range(len(layers)):
         if absent(Place(part="layer", layer=index)):
-            layers[index] = _PassThroughLayer() if anatomy.layers_give_tuples else _PassThrough()
+            whole, layers[index] = layers[index], _PassThroughLayer() if anatomy.layers_give_tuples else _PassThrough()
+            for name in anatomy.asked_of_layers:
+                setattr(layers[index], name, getattr(whole, name))
     if absent(Place(part="embedding")):
         setattr(base, anatomy.embedding, _PassThrough())
     if absent(Place(part="before")):

@@ -565,6 +565,23 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "helium": Family(models="Helium 1", config_class="HeliumConfig", config={"head_dim": _HEAD_DIM}),
+    # A layer is attention, or a recurrence, or experts, or an inner layer.
+    "nemotron_h": Family(
+        models="Nemotron-H, Nemotron 3 Nano",
+        config_class="NemotronHConfig",
+        config={
+            "head_dim": _HEAD_DIM,
+            "layer_types": ["linear_attention", "moe", "full_attention", "mlp"],
+            "mamba_num_heads": 32,
+            "mamba_head_dim": 4,
+            "ssm_state_size": 16,
+            "n_groups": 1,
+            "chunk_size": 16,
+            "moe_intermediate_size": _HIDDEN,
+            "moe_shared_expert_intermediate_size": _HIDDEN,
+            "n_routed_experts": 4,
+        },
+    ),
     "qwen3_moe": Family(
         models="Qwen3 MoE",
         config_class="Qwen3MoeConfig",

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import DummyLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from shardlift.worker.anatomy import FAMILIES, TEXT_PARTS
@@ -40,7 +40,8 @@ loaded (`tests/test_warm_load.py`).
   sessions of unequal length can be computed as one batch; *own* where the family computes its own. Layers that keep a
   state have no attention, and go by neither.
 - **experts in 4 bits**: whether `quantize_experts=True` takes effect, and was compared (`tests/test_experts.py`).
-  *no*: the checkpoint holds a layer's experts in one tensor, or with biases, so they stay in 16 bits.
+  *no*: the checkpoint holds a layer's experts in one tensor, or with biases, or they have no gate, so they stay in 16
+  bits.
 - **also**: variants of the family that were run beside the one that its tiny configuration describes.
 
 Of a model that takes images too, the text alone is loaded, as `AutoModelForCausalLM` does it, where the checkpoint's
@@ -96,7 +97,8 @@ def _kinds(family: str) -> list[str]:
         LinearAttentionLayer: "state",
         DynamicSlidingWindowLayer: "window",
     }
-    found = {kinds.get(type(layer), full) for layer in DynamicCache(config=parsed).layers}
+    layers = [layer for layer in DynamicCache(config=parsed).layers if not isinstance(layer, DummyLayer)]
+    found = {kinds.get(type(layer), full) for layer in layers}
     return [kind for kind in ("all", "latent", "window", "state") if kind in found]
 
 
