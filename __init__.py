@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .client.aio import AsyncClient, connect_async
 from .client.auto import AutoModelForCausalLM
 from .client.connection import Client, connect
 from .proto.v1.errors import ShardliftError
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncClient",
     "AutoModelForCausalLM",
     "BitsAndBytesConfig",
     "Client",
     "ShardliftError",
     "__version__",
     "connect",
+    "connect_async",
 ]
 
 

@@ -53,6 +53,10 @@ class AutoModelForCausalLM:
         connections: int | None = None,
         part_cache: bool = True,
         reserve_tokens: int | None = None,
+        max_sessions: int | None = None,
+        max_waiting: int | None = None,
+        idle_timeout_s: float | None = None,
+        batching: bool = True,
         trace: str | os.PathLike[str] | None = None,
         progress: bool | None = None,
         **kwargs: Any,
@@ -74,6 +78,11 @@ class AutoModelForCausalLM:
             connections: reads at a time of each worker; by default 4.
             part_cache: whether nodes may read, and keep, their quantized parts on disk.
             reserve_tokens: tokens, of all sequences together, whose keys and values the plan leaves room for.
+            max_sessions: sequence batches that run at a time; by default 64. More wait for their turn.
+            max_waiting: how many may wait, before ModelBusyError; by default 256.
+            idle_timeout_s: seconds after which a session that nothing comes for ends; by default 600.
+            batching: whether steps of several requests are computed together. Without, a request's logits are those of
+                one process to the bit, whatever else runs.
             trace: a file to write the timeline of the load to, in Chrome's trace format.
             name: the model's name in the registry; by default derived from the path.
             address: the gateway; else $SHARDLIFT_ADDRESS, else the local instance, which is started if need be.
@@ -105,6 +114,10 @@ class AutoModelForCausalLM:
             "connections": connections,
             "part_cache": part_cache,
             "reserve_tokens": reserve_tokens,
+            "max_sessions": max_sessions,
+            "max_waiting": max_waiting,
+            "idle_timeout_s": idle_timeout_s,
+            "batching": batching,
             "trace": trace,
             **kwargs,
         }

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import grpc
+import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ..proto.v1.errors import AuthenticationError, GatewayUnavailableError, InvalidRequestError
@@ -57,6 +58,23 @@ def is_loopback(address: str) -> bool:
 
 def open_channel(address: str, token: str | None) -> grpc.Channel:
     """A channel to `address` that sends `token` with every call. Connects when first used."""
+    channel = _secured(address)
+    return channel if token is None else grpc.intercept_channel(channel, _Bearer(token))
+
+
+def open_async_channel(address: str) -> grpc.aio.Channel:
+    """A channel to `address` for the running event loop. Its calls take the token as metadata: `authorization`."""
+    return _secured_async(address)
+
+
+def authorization(token: str) -> tuple[str, str]:
+    """The header that carries `token`. Raises AuthenticationError where none can."""
+    if not token.isascii() or not token.isprintable():
+        raise AuthenticationError("the gateway token has characters that a header can't carry: read it again")
+    return "authorization", f"Bearer {token}"
+
+
+def _options(address: str) -> list[tuple[str, int]]:
     options: list[tuple[str, int]] = [
         *CHANNEL_OPTIONS,
         ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
@@ -65,13 +83,18 @@ def open_channel(address: str, token: str | None) -> grpc.Channel:
     ]
     if is_loopback(address):
         options.append(("grpc.enable_http_proxy", 0))
-    channel = _secured(address, options)
-    return channel if token is None else grpc.intercept_channel(channel, _Bearer(token))
+    return options
 
 
-def _secured(address: str, options: list[tuple[str, int]]) -> grpc.Channel:
-    # The one place where credentials are made: TLS goes here.
-    return grpc.insecure_channel(address, options=options)
+# The one place where credentials are made: TLS goes here.
+
+
+def _secured(address: str) -> grpc.Channel:
+    return grpc.insecure_channel(address, options=_options(address))
+
+
+def _secured_async(address: str) -> grpc.aio.Channel:
+    return grpc.aio.insecure_channel(address, options=_options(address))
 
 
 def answers(channel: grpc.Channel, timeout_s: float, *, wait: bool) -> bool:
@@ -85,18 +108,28 @@ def answers(channel: grpc.Channel, timeout_s: float, *, wait: bool) -> bool:
             health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=wait
         )
     except grpc.RpcError as error:
-        silent = {grpc.StatusCode.UNAVAILABLE} | ({grpc.StatusCode.DEADLINE_EXCEEDED} if wait else set())
-        return error.code() not in silent
+        return is_answer(error, wait=wait)
     return True
+
+
+def is_answer(error: grpc.RpcError, *, wait: bool) -> bool:
+    """Whether somebody said `error` to the question after health."""
+    silent = {grpc.StatusCode.UNAVAILABLE} | ({grpc.StatusCode.DEADLINE_EXCEEDED} if wait else set())
+    return error.code() not in silent
 
 
 def wait_ready(channel: grpc.Channel, address: str, timeout_s: float) -> None:
     """Returns once somebody answers on `channel`. Raises GatewayUnavailableError after `timeout_s`."""
     if not answers(channel, timeout_s, wait=True):
-        raise GatewayUnavailableError(
-            f"no gateway answers at {address} (waited {timeout_s:g} s): start one with `shardlift up`, "
-            "or set SHARDLIFT_ADDRESS"
-        )
+        raise no_answer(address, timeout_s)
+
+
+def no_answer(address: str, timeout_s: float) -> GatewayUnavailableError:
+    """What to raise when nobody answered at `address`."""
+    return GatewayUnavailableError(
+        f"no gateway answers at {address} (waited {timeout_s:g} s): start one with `shardlift up`, "
+        "or set SHARDLIFT_ADDRESS"
+    )
 
 
 class _CallDetails(NamedTuple):
@@ -117,9 +150,7 @@ class _Bearer(
     """Adds the token to each call. (gRPC's own call credentials need an encrypted channel.)"""
 
     def __init__(self, token: str) -> None:
-        if not token.isascii() or not token.isprintable():
-            raise AuthenticationError("the gateway token has characters that a header can't carry: read it again")
-        self._metadata = ("authorization", f"Bearer {token}")
+        self._metadata = authorization(token)
 
     def _signed(self, details: Any) -> _CallDetails:
         return _CallDetails(

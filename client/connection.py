@@ -10,21 +10,20 @@ from typing import Any
 import grpc
 
 from ..proto.v1 import registry_pb2
-from ..proto.v1.errors import InternalError, LoadCancelledError
-from . import gateway, options
+from ..proto.v1.errors import LoadCancelledError
+from . import gateway
 from .channel import CONNECT_TIMEOUT_S
+from .describe import LoadReport, describe
 from .gateway import Gateway
 from .handle import RemoteModel
-from .hub_token import hub_token
+from .patience import RETRY_S
 from .trace_file import TraceFile
-from .values import CachedPart, LoadEvent, ModelInfo, Plan, load_event
+from .values import CachedPart, LoadEvent, ModelInfo, Plan
 
 # Planning reads every header of the checkpoint, from wherever it is.
-_PLAN_TIMEOUT_S = 600.0
+PLAN_TIMEOUT_S = 600.0
 # Every node is asked, by a process that may have to start first.
-_CACHE_TIMEOUT_S = 120.0
-
-_SOURCE = ("revision", "subfolder", "variant", "cache_dir", "trust_remote_code")
+CACHE_TIMEOUT_S = 120.0
 
 
 class Client:
@@ -76,8 +75,8 @@ class Client:
         Takes the arguments of `from_pretrained`. Raises CheckpointError, or OutOfMemoryError when it doesn't fit.
         """
         request = registry_pb2.PlanModelRequest()
-        self._describe(request, path, token, arguments)
-        return Plan.from_proto(self._gateway.ask("PlanModel", request, timeout_s=_PLAN_TIMEOUT_S).plan)
+        describe(request, path, token, self.address, arguments)
+        return Plan.from_proto(self._gateway.ask("PlanModel", request, timeout_s=PLAN_TIMEOUT_S).plan)
 
     def load(
         self,
@@ -96,7 +95,7 @@ class Client:
         `trace` names a file for the timeline of all workers, in Chrome's trace format.
         """
         request = registry_pb2.LoadModelRequest(name=name or "")
-        self._describe(request, path, token, {**arguments, "trace": trace is not None})
+        describe(request, path, token, self.address, {**arguments, "trace": trace is not None})
         with TraceFile(trace) if trace is not None else contextlib.nullcontext() as trace_file:
             ready = self._follow(self._gateway.registry_stream("LoadModel", request), on_event, trace_file)
         return RemoteModel(self._gateway, ready.name, ready)
@@ -105,44 +104,23 @@ class Client:
         self, call: Any, on_event: Callable[[LoadEvent], None] | None, trace_file: TraceFile | None
     ) -> ModelInfo:
         """Passes on what the load tells, to its end."""
-        ready: ModelInfo | None = None
+        report = LoadReport(on_event, trace_file)
         try:
             while (response := self._next(call)) is not None:
-                if response.WhichOneof("event") == "trace":
-                    if trace_file is not None:
-                        trace_file.add(response.trace)
-                    continue
-                event = load_event(response)
-                if isinstance(event, ModelInfo):
-                    ready = event
-                if event is not None and on_event is not None:
-                    on_event(event)
+                report.take(response)
         finally:
             call.cancel()
-        if ready is None:
-            raise InternalError("the gateway's report of the load stopped before its end")
-        return ready
-
-    def _describe(
-        self,
-        request: registry_pb2.PlanModelRequest | registry_pb2.LoadModelRequest,
-        path: str | os.PathLike[str],
-        token: str | bool | None,
-        arguments: dict[str, Any],
-    ) -> None:
-        where = {name: arguments.pop(name) for name in _SOURCE if name in arguments}
-        request.options.CopyFrom(options.load_options(**arguments))
-        request.source.CopyFrom(options.source(path, token=hub_token(token, self.address), **where))
+        return report.ready
 
     def cached_parts(self) -> list[CachedPart]:
         """The quantized parts that the cluster's nodes keep for later loads."""
-        answer = self._gateway.ask("ListCachedParts", registry_pb2.ListCachedPartsRequest(), timeout_s=_CACHE_TIMEOUT_S)
+        answer = self._gateway.ask("ListCachedParts", registry_pb2.ListCachedPartsRequest(), timeout_s=CACHE_TIMEOUT_S)
         return [CachedPart.from_proto(part) for part in answer.parts]
 
     def clear_cached_parts(self) -> int:
         """Removes them from every node; resident models stay. Returns the bytes freed."""
         request = registry_pb2.ClearCachedPartsRequest()
-        return int(self._gateway.ask("ClearCachedParts", request, timeout_s=_CACHE_TIMEOUT_S).bytes)
+        return int(self._gateway.ask("ClearCachedParts", request, timeout_s=CACHE_TIMEOUT_S).bytes)
 
     def _next(self, call: Any) -> registry_pb2.LoadModelResponse | None:
         with self._gateway.errors():
@@ -156,13 +134,20 @@ class Client:
                 raise
 
 
-def connect(address: str | None = None, token: str | None = None, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Client:
+def connect(
+    address: str | None = None,
+    token: str | None = None,
+    *,
+    timeout_s: float = CONNECT_TIMEOUT_S,
+    retry_s: float = RETRY_S,
+) -> Client:
     """A client of the gateway at `address` ("host:port"), else at $SHARDLIFT_ADDRESS, else of the local instance.
 
     `token` defaults to $SHARDLIFT_TOKEN, and for the local instance to the one it was started with. Raises
-    GatewayUnavailableError when nobody answers within `timeout_s` seconds.
+    GatewayUnavailableError when nobody answers within `timeout_s` seconds. A gateway that is lost later is waited for
+    up to `retry_s` seconds: a generation then goes on where it was, a question is asked again.
     """
-    return Client(gateway.resolve(address, token, start=False, timeout_s=timeout_s))
+    return Client(gateway.resolve(address, token, start=False, timeout_s=timeout_s, retry_s=retry_s))
 
 
 def connect_or_start(address: str | None = None, token: str | None = None) -> Client:

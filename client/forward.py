@@ -1,49 +1,104 @@
-"""Forward passes: one `Forward` call is a session, and its KV cache lives on the workers until the call ends."""
+"""Forward passes: one that leaves nothing behind, or those of a session, whose KV cache lives on the workers."""
 
 from __future__ import annotations
 
-import queue
 import threading
-import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ..proto.v1 import inference_pb2
 from ..proto.v1.errors import InternalError, InvalidRequestError
 from ..proto.v1.wire import Assembly
+from . import tensors
+from .cache import CacheRecord
 from .gateway import Gateway
+from .session_call import SessionCall
 
-_Requests = queue.SimpleQueue["inference_pb2.ForwardRequest | None"]
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# What forward takes in transformers and the gateway does not: any value but these is refused.
+_NOT_FORWARDED = ("inputs_embeds", "labels", "output_attentions", "output_hidden_states", "cache_position")
+
+
+def request(
+    model: str,
+    input_ids: Any,
+    attention_mask: Any = None,
+    position_ids: Any = None,
+    *,
+    logits_to_keep: int = 0,
+    use_cache: bool = False,
+    others: Mapping[str, Any] | None = None,
+) -> inference_pb2.ForwardRequest:
+    """The request for one pass. `others`: what else a caller passed. Raises InvalidRequestError."""
+    for name, value in (others or {}).items():
+        if name in _NOT_FORWARDED:
+            if value is not None and value is not False:
+                raise InvalidRequestError(f"{name} is not available on a remote model")
+        elif name != "token_type_ids":
+            raise InvalidRequestError(f"{name} is no argument of a remote model's forward")
+    if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+        raise InvalidRequestError(f"logits_to_keep is {logits_to_keep!r}: a number of positions is needed")
+    if input_ids is None:
+        raise InvalidRequestError("input_ids is needed")
+    asked = inference_pb2.ForwardRequest(
+        model=model,
+        input_ids=tensors.integers(input_ids, "input_ids"),
+        attention_mask=None if attention_mask is None else tensors.mask(attention_mask, "attention_mask"),
+        position_ids=None if position_ids is None else tensors.integers(position_ids, "position_ids"),
+        logits_to_keep=logits_to_keep,
+        use_cache=use_cache,
+    )
+    tensors.check_request_size(asked.input_ids, asked.attention_mask, asked.position_ids)
+    return asked
+
+
+def output(assembly: Assembly, cache: Any, return_dict: bool | None) -> CausalLMOutputWithPast | tuple[Any, ...]:
+    """A pass's logits and cache as transformers' models give them."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    result = CausalLMOutputWithPast(logits=tensors.to_torch(assembly), past_key_values=cache)
+    return result.to_tuple() if return_dict is False else result
 
 
 def once(gateway: Gateway, asked: inference_pb2.ForwardRequest) -> Assembly:
     """The logits of one pass that leaves nothing behind."""
     call = gateway.inference_stream("Forward", iter([asked]))
     try:
-        assembly = _read(gateway, call)
-        with gateway.errors():
-            if next(call, None) is not None:
-                raise InternalError("the gateway went on after the end of a forward pass")
+        assembly = Assembly(part(_next(gateway, call), "logits").logits)
+        while not assembly.complete:
+            assembly.add(part(_next(gateway, call), "more").more)
+        if _next(gateway, call) is not None:
+            raise InternalError("the gateway went on after the end of a forward pass")
         return assembly
     finally:
         call.cancel()
 
 
-class RemoteCache:
+def part(response: inference_pb2.ForwardResponse | None, name: str) -> inference_pb2.ForwardResponse:
+    """`response` itself. Raises InternalError where it has no `name`."""
+    if response is None or response.WhichOneof("part") != name:
+        raise InternalError(f"the gateway ended a forward pass where {name!r} was due")
+    return response
+
+
+def _next(gateway: Gateway, call: Any) -> inference_pb2.ForwardResponse | None:
+    with gateway.errors():
+        return next(call, None)
+
+
+class RemoteCache(CacheRecord):
     """Keys and values of a session, on the model's workers: what `past_key_values` is for a remote model.
 
     It grows with each pass that it is given to. Freed by `close()`, by the end of a `with` block, or when nothing
-    refers to it any more. Not thread-safe across passes of one cache: they are taken one after another.
+    refers to it any more. Thread-safe: passes of one cache are taken one after another.
     """
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
-        self._length = 0
+    def __init__(self, gateway: Gateway, model: str, idle_timeout_s: float | None = None) -> None:
+        super().__init__()
         self._lock = threading.Lock()
-        requests: _Requests = queue.SimpleQueue()
-        self._requests = requests
-        self._call = gateway.inference_stream("Forward", _until_none(requests))
-        self._finalizer = weakref.finalize(self, _end, requests, self._call)
+        self._session = SessionCall(gateway, model, idle_timeout_s)
 
     def __enter__(self) -> RemoteCache:
         return self
@@ -54,53 +109,26 @@ class RemoteCache:
     def __reduce__(self) -> Any:
         raise TypeError("a RemoteCache belongs to an open call and can't be pickled or copied")
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many positions it holds, padding included."""
-        return self._length
-
     @property
     def closed(self) -> bool:
-        return not self._finalizer.alive
+        return self._session.closed
 
     def close(self) -> None:
         """Frees the keys and values. Calling it again does nothing."""
-        self._finalizer()
+        self._session.close()
 
     def step(self, asked: inference_pb2.ForwardRequest) -> Assembly:
-        """The logits of one pass. Any failure ends the session."""
+        """The logits of one pass. Any failure of it ends the session."""
         with self._lock:
             if self.closed:
                 raise InvalidRequestError("this cache is closed: start again from the whole prompt")
+            rows, new = asked.input_ids.shape
+            action = self._prepared(rows)
+            action.forward.CopyFrom(asked)
             try:
-                self._requests.put(asked)
-                assembly = _read(self._gateway, self._call)
+                assembly, state = self._session.forward(action)
+                self._done(state, self._length + new, rows)
             except BaseException:
                 self.close()
                 raise
-            self._length += asked.input_ids.shape[1]
             return assembly
-
-
-def _read(gateway: Gateway, call: Any) -> Assembly:
-    assembly = Assembly(_receive(gateway, call, "logits").logits)
-    while not assembly.complete:
-        assembly.add(_receive(gateway, call, "more").more)
-    return assembly
-
-
-def _receive(gateway: Gateway, call: Any, part: str) -> inference_pb2.ForwardResponse:
-    with gateway.errors():
-        response: inference_pb2.ForwardResponse | None = next(call, None)
-    if response is None or response.WhichOneof("part") != part:
-        raise InternalError(f"the gateway ended a forward pass where {part!r} was due")
-    return response
-
-
-def _until_none(requests: _Requests) -> Iterator[inference_pb2.ForwardRequest]:
-    while (asked := requests.get()) is not None:
-        yield asked
-
-
-def _end(requests: _Requests, call: Any) -> None:
-    requests.put(None)
-    call.cancel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,21 +14,32 @@ import grpc
 from ..proto.v1 import inference_pb2_grpc, registry_pb2_grpc, status
 from ..proto.v1.errors import GatewayUnavailableError, InvalidRequestError
 from . import channel, instance
+from .patience import RETRY_S, Patience
 
 # For answers that come from the registry's memory, in seconds.
 CALL_TIMEOUT_S = 60.0
+# What changes nothing, and may so be asked again.
+SAFE = frozenset({"GetModel", "ListModels", "PlanModel", "ListCachedParts"})
 _CLOSE_S = 3.0
 
 
 class Gateway:
     """A connection to the gateway at `address` ("host:port"), made when first used.
 
-    Thread-safe. A pickle of it holds the address alone: the token is read again from the environment where it is
-    unpickled.
+    A gateway that has answered and then is gone is waited for up to `retry_s` seconds, by what may safely be asked
+    again. Thread-safe. A copy is the same connection. A pickle of it holds the address alone: the token is read again
+    from the environment where it is unpickled.
     """
 
-    def __init__(self, address: str, token: str | None, timeout_s: float = channel.CONNECT_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        address: str,
+        token: str | None,
+        timeout_s: float = channel.CONNECT_TIMEOUT_S,
+        retry_s: float = RETRY_S,
+    ) -> None:
         self.address = channel.normalize(address)
+        self.retry_s = retry_s
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._connected = False
@@ -36,16 +48,23 @@ class Gateway:
         self._registry = registry_pb2_grpc.ModelRegistryServiceStub(self._channel)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
-    def __reduce__(self) -> tuple[Callable[[str], Gateway], tuple[str]]:
-        return reopen, (self.address,)
+    def __reduce__(self) -> tuple[Callable[[str, float, float], Gateway], tuple[str, float, float]]:
+        return reopen, (self.address, self._timeout_s, self.retry_s)
 
-    def connect(self) -> None:
+    def __copy__(self) -> Gateway:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gateway:
+        return self
+
+    def connect(self, timeout_s: float | None = None) -> None:
         """Returns once somebody answers. Raises GatewayUnavailableError after a few seconds."""
         with self._lock:
             if self._closed:
                 raise InvalidRequestError("this client is closed: connect again")
             if not self._connected:
-                channel.wait_ready(self._channel, self.address, self._timeout_s)
+                limit_s = self._timeout_s if timeout_s is None else min(self._timeout_s, timeout_s)
+                channel.wait_ready(self._channel, self.address, limit_s)
                 self._connected = True
 
     def close(self) -> None:
@@ -61,8 +80,29 @@ class Gateway:
     def ask(self, method: str, request: Any, timeout_s: float | None = CALL_TIMEOUT_S) -> Any:
         """The registry's answer to `request`. Raises what the gateway raised."""
         self.connect()
+        if method not in SAFE:
+            return self._ask(method, request, timeout_s)
+        patience = Patience(self.retry_s if timeout_s is None else min(self.retry_s, timeout_s))
+        while True:
+            try:
+                return self._ask(method, request, timeout_s)
+            except GatewayUnavailableError as error:
+                self.wait_for_return(patience, error)
+
+    def _ask(self, method: str, request: Any, timeout_s: float | None) -> Any:
         with self.errors():
             return getattr(self._registry, method)(request, timeout=timeout_s)
+
+    def wait_for_return(self, patience: Patience, lost: GatewayUnavailableError) -> None:
+        """Returns when the gateway answers again. Raises `lost` when `patience` is over."""
+        while (pause_s := patience.pause_s()) is not None:
+            time.sleep(pause_s)
+            try:
+                self.connect(patience.left_s)
+            except GatewayUnavailableError:
+                continue
+            return
+        raise lost
 
     def registry_stream(self, method: str, request: Any) -> Any:
         """The call of a streaming method of ModelRegistryService; read it inside `errors()`."""
@@ -85,22 +125,29 @@ class Gateway:
             raise status.from_rpc_error(error, self.address) from None
 
 
-def resolve(address: str | None, token: str | None, *, start: bool, timeout_s: float) -> Gateway:
-    """The gateway at `address`, else at $SHARDLIFT_ADDRESS, else the local instance's, which `start` may start.
+def target(address: str | None, token: str | None, *, start: bool) -> tuple[str, str | None]:
+    """Address and token of the gateway at `address`, else at $SHARDLIFT_ADDRESS, else of the local instance.
 
-    Raises GatewayUnavailableError when there is none, or none answers.
+    `start` may start the latter. Raises GatewayUnavailableError when there is none.
     """
-    target = address or os.environ.get("SHARDLIFT_ADDRESS")
-    if not target:
+    found = address or os.environ.get("SHARDLIFT_ADDRESS")
+    if not found:
         local = instance.find_or_start() if start else instance.find()
         if local is None:
             raise GatewayUnavailableError(
                 "no gateway is known: pass address=, set SHARDLIFT_ADDRESS, or start one with `shardlift up`"
             )
-        target = local.address
+        found = local.address
         token = token or os.environ.get("SHARDLIFT_TOKEN") or local.token
-    target = channel.normalize(target)
-    gateway = Gateway(target, token or _token_for(target), timeout_s)
+    found = channel.normalize(found)
+    return found, token or token_for(found)
+
+
+def resolve(
+    address: str | None, token: str | None, *, start: bool, timeout_s: float, retry_s: float = RETRY_S
+) -> Gateway:
+    """The gateway that `target` names. Raises GatewayUnavailableError when there is none, or none answers."""
+    gateway = Gateway(*target(address, token, start=start), timeout_s, retry_s)
     try:
         gateway.connect()
     except BaseException:
@@ -109,12 +156,13 @@ def resolve(address: str | None, token: str | None, *, start: bool, timeout_s: f
     return gateway
 
 
-def reopen(address: str) -> Gateway:
+def reopen(address: str, timeout_s: float = channel.CONNECT_TIMEOUT_S, retry_s: float = RETRY_S) -> Gateway:
     """The gateway at `address`, with the token that this process finds for it."""
-    return Gateway(address, _token_for(address))
+    return Gateway(address, token_for(address), timeout_s, retry_s)
 
 
-def _token_for(address: str) -> str | None:
+def token_for(address: str) -> str | None:
+    """The token that this process finds for the gateway at `address`."""
     if token := os.environ.get("SHARDLIFT_TOKEN"):
         return token
     local = instance.recorded()

@@ -5,6 +5,7 @@ Nothing is looked up here: what a path, a device or a quantization means, the ga
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
@@ -96,6 +97,10 @@ def load_options(
     trace: bool = False,
     reserve_tokens: int | None = None,
     link_speed: str | None = None,
+    max_sessions: int | None = None,
+    max_waiting: int | None = None,
+    idle_timeout_s: float | None = None,
+    batching: bool = True,
     **kwargs: Any,
 ) -> registry_pb2.LoadOptions:
     """How to load. `kwargs` are what transformers still takes by older names, and attributes of the config.
@@ -119,6 +124,10 @@ def load_options(
         trace=trace,
         reserve_tokens=_count(reserve_tokens, "reserve_tokens") if reserve_tokens else 0,
         link_speed=link_speed or "",
+        max_sessions=_count(max_sessions, "max_sessions"),
+        max_waiting=_count(max_waiting, "max_waiting"),
+        idle_timeout_s=_seconds(idle_timeout_s, "idle_timeout_s"),
+        without_batching=not batching,
     )
     quantization = _quantization(quantization_config, kwargs)
     if quantization is not None:
@@ -150,6 +159,14 @@ def _count(value: int | None, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
         raise InvalidRequestError(f"{name} is {value!r}: a whole number above 0 is needed")
     return value
+
+
+def _seconds(value: float | None, name: str) -> float:
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise InvalidRequestError(f"{name} is {value!r}: a number of seconds above 0 is needed")
+    return float(value)
 
 
 def _size(value: int | str | None, name: str) -> str:

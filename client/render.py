@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, TextIO
 
 from .modules import grouped
-from .summary import duration, load_prediction, load_summary, memory_bar, rate, size
+from .summary import duration, kv_room, load_prediction, load_summary, memory_bar, rate, recovery_summary, size
 from .values import CachedPart, LoadEvent, LoadStarted, LoadWarning, ModelInfo, Plan, StagePlaced, StageProgress
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def show_plan(plan: Plan) -> None:
     totals = (size(plan.total_resident_bytes), "", size(plan.total_fetch_bytes), size(kv_bytes))
     table.add_row("total", "", "", "", *totals)
     _print(table)
-    for line in load_prediction(plan):
+    for line in [*kv_room(plan), *load_prediction(plan)]:
         print(line)
 
 
@@ -72,7 +72,7 @@ def show_model(info: ModelInfo) -> None:
     _print(table)
     if info.reason:
         print(info.reason)
-    for line in load_summary(info):
+    for line in [*load_summary(info), *kv_room(info.plan), *recovery_summary(info)]:
         print(line)
 
 

@@ -49,6 +49,23 @@ def load_prediction(plan: Plan) -> list[str]:
     return [f"about {duration(plan.predicted_load_seconds)} to load; bottleneck: stage {stage.index}, {why}"]
 
 
+def kv_room(plan: Plan) -> list[str]:
+    """How many tokens have room for their keys and values, and what that takes; nothing where it is unknown."""
+    if not plan.kv_tokens:
+        return []
+    budget = sum(stage.kv_budget_bytes for stage in plan.stages)
+    return [f"room for {plan.kv_tokens:,} tokens of all sessions together ({size(budget)} for keys and values)"]
+
+
+def recovery_summary(info: ModelInfo) -> list[str]:
+    """How often stages were lost and brought back; nothing where none was."""
+    if not info.recoveries:
+        return []
+    times = "once" if info.recoveries == 1 else f"{info.recoveries} times"
+    last = "" if info.recoveries == 1 else "the last time "
+    return [f"recovered {times}, {last}in {info.recovery_seconds:.1f} s"]
+
+
 def memory_bar(stage: StagePlan) -> str:
     """How full a stage makes its device: "████▒░░░░░  45 %"; weights, then what is kept free for their use."""
     if not stage.capacity_bytes:

@@ -29,6 +29,7 @@ class StagePlan:
     workspace_bytes: int = 0  # beside the weights: for activations and scratch
     kv_bytes: int = 0  # beside them: for keys and values of the tokens reserved
     predicted_load_seconds: float = 0.0  # 0 when no speed is known
+    kv_budget_bytes: int = 0  # for keys and values of all sessions together; 0 when unknown
 
     @property
     def place(self) -> str:
@@ -47,6 +48,7 @@ class StagePlan:
             "capacity_bytes": self.capacity_bytes,
             "workspace_bytes": self.workspace_bytes,
             "kv_bytes": self.kv_bytes,
+            "kv_budget_bytes": self.kv_budget_bytes,
             "predicted_load_seconds": self.predicted_load_seconds or None,
         }
 
@@ -66,7 +68,8 @@ class Plan:
 
     predicted_load_seconds: until all stages are resident, once their workers are there; 0 when no speed is known.
     load_bottleneck: "link" or "conversion", of the stage `load_bottleneck_stage`. link_bytes_per_second: from the
-    source to one node, as given, or as an earlier load has measured it.
+    source to one node, as given, or as an earlier load has measured it. kv_tokens: tokens of all sessions together
+    whose keys and values have room on every stage; 0 when unknown.
     """
 
     model: str
@@ -82,6 +85,7 @@ class Plan:
     load_bottleneck_stage: int = 0
     link_bytes_per_second: float = 0.0
     link_is_measured: bool = False
+    kv_tokens: int = 0
 
     @classmethod
     def from_proto(cls, plan: registry_pb2.Plan) -> Plan:
@@ -105,6 +109,7 @@ class Plan:
                     workspace_bytes=stage.workspace_bytes,
                     kv_bytes=stage.kv_bytes,
                     predicted_load_seconds=stage.predicted_load_seconds,
+                    kv_budget_bytes=stage.kv_budget_bytes,
                 )
                 for stage in plan.stages
             ),
@@ -119,6 +124,7 @@ class Plan:
             load_bottleneck_stage=plan.load_bottleneck_stage,
             link_bytes_per_second=plan.link_bytes_per_second,
             link_is_measured=plan.link_is_measured,
+            kv_tokens=plan.kv_tokens,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,6 +134,7 @@ class Plan:
             "total_resident_bytes": self.total_resident_bytes,
             "total_fetch_bytes": self.total_fetch_bytes,
             "stages": [stage.to_dict() for stage in self.stages],
+            "kv_tokens": self.kv_tokens,
             "predicted_load_seconds": self.predicted_load_seconds or None,
             "load_bottleneck": self.load_bottleneck or None,
             "link_bytes_per_second": self.link_bytes_per_second or None,
@@ -229,7 +236,10 @@ class StageResidency:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """One model in the registry. `state` is "loading", "ready", "unavailable" or "unloading"."""
+    """One model in the registry. `state` is "loading", "ready", "recovering", "unavailable" or "unloading".
+
+    recoveries: how often lost stages were brought back. recovery_seconds: how long that took the last time.
+    """
 
     name: str
     state: str
@@ -240,6 +250,8 @@ class ModelInfo:
     config_json: str
     generation_config_json: str
     load_seconds: float
+    recoveries: int = 0
+    recovery_seconds: float = 0.0
 
     @classmethod
     def from_proto(cls, info: registry_pb2.ModelInfo) -> ModelInfo:
@@ -254,6 +266,8 @@ class ModelInfo:
             config_json=info.config_json,
             generation_config_json=info.generation_config_json,
             load_seconds=info.load_seconds,
+            recoveries=info.recoveries,
+            recovery_seconds=info.recovery_seconds,
         )
 
     @property
@@ -291,6 +305,8 @@ class ModelInfo:
         ]
         values["measured_bytes"] = self.measured_bytes
         values["load_seconds"] = self.load_seconds
+        values["recoveries"] = self.recoveries
+        values["recovery_seconds"] = self.recovery_seconds
         values["commit"] = self.plan.commit
         values["dtype"] = self.plan.dtype
         values["reason"] = self.reason

@@ -18,7 +18,7 @@ from ..proto.v1.errors import (
 )
 from ..worker.headers import header_length, parse_header
 from ..worker.records import FileVersion, HubToken, SourceSpec, TensorRecord
-from ..worker.sources import Source, open_source
+from ..worker.sources import Source, open_source, read_file
 from ..worker.sources.urls import is_url, parse_url
 from .hub import resolve_commit
 
@@ -112,16 +112,6 @@ def read_checkpoint(request: CheckpointRequest, token: HubToken) -> Checkpoint:
     )
 
 
-def read_file(source: Source, file: str, limit_bytes: int = _JSON_LIMIT_BYTES) -> bytes:
-    """A small file, whole."""
-    version = source.stat(file)
-    if version.size_bytes > limit_bytes:
-        raise CorruptCheckpointError(f"{file} has {version.size_bytes:,} bytes; at most {limit_bytes:,} are read")
-    data = bytearray(version.size_bytes)
-    source.read_into(file, 0, memoryview(data), version)
-    return bytes(data)
-
-
 def _read_config(source: Source, path: str) -> Mapping[str, Any]:
     try:
         config = _read_json(source, "config.json", required=True)
@@ -137,7 +127,7 @@ def _read_config(source: Source, path: str) -> Mapping[str, Any]:
 
 def _read_json(source: Source, file: str, *, required: bool) -> dict[str, Any] | None:
     try:
-        data = read_file(source, file)
+        data = read_file(source, file, _JSON_LIMIT_BYTES)
     except CheckpointNotFoundError:
         if required:
             raise

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -14,15 +13,15 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ..proto.v1 import inference_pb2, inference_pb2_grpc, registry_pb2, registry_pb2_grpc
-from ..proto.v1.errors import InternalError, InvalidRequestError, ModelUnavailableError
+from ..proto.v1.errors import InternalError, InvalidRequestError
 from ..proto.v1.server import abort
 from ..proto.v1.status import to_error
 from ..proto.v1.tensor_pb2 import Tensor
 from ..proto.v1.wire import CHANNEL_OPTIONS
-from . import node_caches
+from ..worker.tensors import from_message
+from . import node_caches, relay
 from .auth import TokenInterceptor
 from .registry import Registry
-from .route import Route
 from .tokenizer import Detokenizer
 
 logger = logging.getLogger(__name__)
@@ -161,12 +160,10 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         try:
-            route = self._registry.route(request.model)
             text = await self._tokenize(request)
-            async with self._relay(request.model, route, route.stub.Generate, request, context) as responses:
-                async for response in responses:
-                    for out in [response] if text is None else text.follow(response):
-                        yield out
+            async for response in relay.generate(self._registry, request, context):
+                for out in [response] if text is None else text.follow(response):
+                    yield out
         except Exception as error:
             await _abort(context, error)
 
@@ -188,61 +185,46 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         data = b"".join(token.to_bytes(8, "little", signed=True) for token in ids)
         request.input_ids.CopyFrom(Tensor(shape=[1, len(ids)], dtype="int64", data=data))
         request.ClearField("attention_mask")
-        return _TextStream(ids, tokenizer.decoder())
+        given = from_message(request.generated).flatten().tolist() if request.generated.data else []
+        return _TextStream(ids, tokenizer.decoder(), given)
 
     async def Forward(
         self, request_iterator: AsyncIterator[inference_pb2.ForwardRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[inference_pb2.ForwardResponse]:
         try:
-            first = await anext(aiter(request_iterator), None)
-            if first is None:
-                return
-            route = self._registry.route(first.model)
-
-            async def requests() -> AsyncIterator[inference_pb2.ForwardRequest]:
-                yield first
-                async for request in request_iterator:
-                    yield request
-
-            async with self._relay(first.model, route, route.stub.Forward, requests(), context) as responses:
-                async for response in responses:
+            requests = aiter(request_iterator)
+            first = await anext(requests, None)
+            if first is not None:
+                async for response in relay.forward(self._registry, first, requests, context):
                     yield response
         except Exception as error:
             await _abort(context, error)
 
-    @contextlib.asynccontextmanager
-    async def _relay(
-        self, model: str, route: Route, method: Callable[..., Any], request: Any, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[AsyncIterator[Any]]:
-        """A stage's answers to `request`, under the client's own deadline; the call ends with the client's."""
-        call = method(request, metadata=route.metadata, timeout=context.time_remaining())
+    async def Session(
+        self, request_iterator: AsyncIterator[inference_pb2.SessionRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[inference_pb2.SessionResponse]:
+        session: relay.SessionRelay | None = None
         try:
-            yield aiter(call)
-        except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise
-            explained = route.explain(error)
-            if isinstance(explained, ModelUnavailableError):
-                if not self._registry.serves(route):
-                    # Whichever of its stages went first, this is why.
-                    raise ModelUnavailableError(f"model {model} was unloaded") from None
-                self._registry.doubt(model)
-            raise explained from None
-        except asyncio.CancelledError:
-            # Without a status of its own, a call that we end and not the client would never end for the client.
-            if call.cancelled() and not context.cancelled():
-                raise ModelUnavailableError(f"model {model} was unloaded") from None
-            raise
+            async for request in request_iterator:
+                if session is None:
+                    session = relay.SessionRelay(self._registry, request.model, context, request.idle_timeout_s)
+                async for response in session.act(request):
+                    yield response
+        except Exception as error:
+            await _abort(context, error)
         finally:
-            call.cancel()
+            if session is not None:
+                await session.close()
 
 
 class _TextStream:
     """Adds text to the steps of a one-row generation."""
 
-    def __init__(self, prompt_ids: list[int], decoder: Detokenizer) -> None:
+    def __init__(self, prompt_ids: list[int], decoder: Detokenizer, given: list[int]) -> None:
         self._prompt_ids = prompt_ids
         self._decoder = decoder
+        for token in given:
+            decoder.add(token)
 
     def follow(self, response: inference_pb2.GenerateResponse) -> list[inference_pb2.GenerateResponse]:
         kind = response.WhichOneof("event")

@@ -174,9 +174,3 @@ async def tokenizer_or_none(source: SourceSpec, token: HubToken) -> Tokenizer | 
     except ShardliftError as error:
         logger.info("no tokenizer: %s", one_line(error))
         return None
-
-
-def check_complete(stages: Sequence[int], spec: StageSpec) -> None:
-    """Raises ModelUnavailableError unless `stages` are all of a load's."""
-    if sorted(stages) != list(range(spec.num_stages)):
-        raise ModelUnavailableError(f"only stages {sorted(stages)} of {spec.num_stages} are left")

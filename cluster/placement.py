@@ -5,10 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import secrets
+import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -20,7 +25,7 @@ from ray.util.placement_group import (
     placement_group_table,
     remove_placement_group,
 )
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from ..proto.v1.errors import ModelUnavailableError, OutOfMemoryError, ShardliftError, WorkerDiedError, one_line
 from ..worker.actor import StageWorker
@@ -36,11 +41,12 @@ _STAGE_PREFIX = "stage:"
 _GROUP_PREFIX = "shardlift:"
 _PLACE_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 5.0
+_KNOCK_TIMEOUT_S = 1.0
+_END_TIMEOUT_S = 15.0
 
 
-def _actor_name(spec: StageSpec, attempt: int) -> str:
+def _actor_name(spec: StageSpec, again: str) -> str:
     # Ray may hold a dead one's name for a moment.
-    again = f"~{attempt}" if attempt else ""
     return f"{_STAGE_PREFIX}{spec.model}:{spec.load_id}:{spec.index}{again}"
 
 
@@ -48,15 +54,31 @@ def _group_name(model: str, load_id: str) -> str:
     return f"{_GROUP_PREFIX}{model}:{load_id}"
 
 
+def _again() -> str:
+    return f"~{secrets.token_hex(3)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """Where a stage has its place: a bundle of a placement group, and what that holds. device: as the node counts."""
+
+    group: str
+    bundle: int
+    node: str
+    node_id: str
+    device: str
+    slots: int
+
+
 @dataclass
 class Placement:
-    """What a load holds of the cluster: a placement group and the workers in it."""
+    """What a load holds of the cluster: placement groups by their names, and for each stage its seat and worker."""
 
     model: str
     load_id: str
-    group: PlacementGroup | None = None
+    groups: dict[str, PlacementGroup] = field(default_factory=dict)
     workers: list[Any] = field(default_factory=list)
-    bundles: list[int] = field(default_factory=list)  # of the group, for each stage; only while it loads
+    seats: list[Seat] = field(default_factory=list)
     _freeing: asyncio.Future[None] | None = None
 
     async def free(self) -> None:
@@ -75,11 +97,11 @@ class Placement:
         for worker in self.workers:
             with contextlib.suppress(Exception):
                 ray.kill(worker, no_restart=True)
-        if self.group is not None:
+        for group in self.groups.values():
             try:
-                await _remove(self.group)
+                await _remove(group)
             except Exception as error:
-                logger.warning("the placement group of %s may be left: %s", self.model, one_line(error, 200))
+                logger.warning("a placement group of %s may be left: %s", self.model, one_line(error, 200))
 
 
 async def place(plan: Plan, specs: Sequence[StageSpec], card: bytes, placement: Placement) -> None:
@@ -88,68 +110,87 @@ async def place(plan: Plan, specs: Sequence[StageSpec], card: bytes, placement: 
 
     Raises OutOfMemoryError when the cluster no longer has what the plan counted on.
     """
-    await _set_aside(plan, placement)
-    placement.bundles = list(range(len(plan.stages)))
+    placement.seats = await _sit(plan.stages, placement, _group_name(placement.model, placement.load_id))
+    for spec in specs:
+        placement.workers.append(_start(placement, spec, card))
+
+
+async def _sit(stages: Sequence[PlannedStage], placement: Placement, name: str) -> list[Seat]:
+    """A placement group called `name`, with a bundle on the very device of each stage."""
+    await _set_aside(stages, placement, name)
     gpus = await _blocking(_gpus_of_nodes)
     of_node: dict[str, list[int]] = {}
-    for index, stage in enumerate(plan.stages):
+    for index, stage in enumerate(stages):
         if stage.device.slots and gpus[stage.device.node_id] > 1:
             of_node.setdefault(stage.device.node_id, []).append(index)
+    bundles = list(range(len(stages)))
     if of_node:
-        await _match(plan, placement, of_node, gpus)
-    assert placement.group is not None
-    for stage, spec in zip(plan.stages, specs, strict=True):
-        bundle = placement.bundles[spec.index]
-        placement.workers.append(_start(placement.group, bundle, stage, spec, card))
+        bundles = await _match(stages, placement, name, of_node, gpus)
+    return [
+        Seat(
+            group=name,
+            bundle=bundle,
+            node=stage.device.node,
+            node_id=stage.device.node_id,
+            device=stage.device.name,
+            slots=stage.device.slots,
+        )
+        for bundle, stage in zip(bundles, stages, strict=True)
+    ]
 
 
-async def _set_aside(plan: Plan, placement: Placement) -> None:
+async def _set_aside(stages: Sequence[PlannedStage], placement: Placement, name: str) -> None:
     """A placement group with a bundle for each stage, on its node."""
-    placement.group = placement_group(
-        [_bundle(stage) for stage in plan.stages],
+    group = placement.groups[name] = placement_group(
+        [_bundle(stage) for stage in stages],
         strategy="PACK",
         lifetime="detached",
-        name=_group_name(placement.model, placement.load_id),
-        bundle_label_selector=[{"ray.io/node-id": stage.device.node_id} for stage in plan.stages],
+        name=name,
+        bundle_label_selector=[{"ray.io/node-id": stage.device.node_id} for stage in stages],
     )
-    if not await _blocking(placement.group.wait, _PLACE_TIMEOUT_S):
+    if not await _blocking(group.wait, _PLACE_TIMEOUT_S):
         raise OutOfMemoryError(
-            f"Ray could not set {len(plan.stages)} devices aside for {placement.model} in {_PLACE_TIMEOUT_S:.0f} s: "
+            f"Ray could not set {len(stages)} devices aside for {placement.model} in {_PLACE_TIMEOUT_S:.0f} s: "
             "something else holds them; unload a model, or load with fewer stages"
         )
 
 
 async def _match(
-    plan: Plan, placement: Placement, of_node: Mapping[str, Sequence[int]], gpus: Mapping[str, int]
-) -> None:
-    """Gives each stage of these nodes, which have several GPUs, the bundle that holds its own one."""
-    wanted = {node_id: {_number(plan, index): index for index in stages} for node_id, stages in of_node.items()}
-    found = await _numbers(placement, of_node)
+    stages: Sequence[PlannedStage],
+    placement: Placement,
+    name: str,
+    of_node: Mapping[str, Sequence[int]],
+    gpus: Mapping[str, int],
+) -> list[int]:
+    """The bundle of each stage, such that each stage of these nodes, which have several GPUs, has its own one."""
+    wanted = {node_id: {_number(stages[index]): index for index in own} for node_id, own in of_node.items()}
+    found = await _numbers(placement.groups[name], of_node)
     if any(set(found[node_id]) != set(wanted[node_id]) for node_id in of_node):
         # Ray picked others. It picks anew, on every node, when what it may pick from is what is wanted.
-        assert placement.group is not None
-        await _remove(placement.group)
+        await _remove(placement.groups[name])
         others: list[PlacementGroup] = []
         try:
             for node_id in of_node:
                 others += await _held(node_id, set(wanted[node_id]), gpus[node_id])
-            await _set_aside(plan, placement)
+            await _set_aside(stages, placement, name)
         finally:
             await _blocking(gpu_ids.release, others)
-        found = await _numbers(placement, of_node)
-    for node_id, stages in of_node.items():
+        found = await _numbers(placement.groups[name], of_node)
+    bundles = list(range(len(stages)))
+    for node_id, own in of_node.items():
         if set(found[node_id]) != set(wanted[node_id]):
             raise OutOfMemoryError(
-                f"Ray gave GPUs {sorted(found[node_id])} of {plan.stages[stages[0]].device.node} and not "
+                f"Ray gave GPUs {sorted(found[node_id])} of {stages[own[0]].device.node} and not "
                 f"{sorted(wanted[node_id])}: something else took them meanwhile; load again"
             )
-        for bundle, number in zip(stages, found[node_id], strict=True):
-            placement.bundles[wanted[node_id][number]] = bundle
+        for bundle, number in zip(own, found[node_id], strict=True):
+            bundles[wanted[node_id][number]] = bundle
+    return bundles
 
 
-async def _numbers(placement: Placement, of_node: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+async def _numbers(group: PlacementGroup, of_node: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
     """The GPUs that the bundles hold, by node."""
-    bundles = [(placement.group, bundle) for stages in of_node.values() for bundle in stages]
+    bundles = [(group, bundle) for stages in of_node.values() for bundle in stages]
     found = iter(await _blocking(gpu_ids.ids_of, bundles))
     return {node_id: [next(found) for _ in stages] for node_id, stages in of_node.items()}
 
@@ -169,51 +210,109 @@ async def _held(node_id: str, wanted: set[int], most: int) -> list[PlacementGrou
         raise
 
 
-def _number(plan: Plan, index: int) -> int:
+def _number(stage: PlannedStage) -> int:
     """Of a stage's GPU: "cuda:3" is 3."""
-    return int(plan.stages[index].device.name.rpartition(":")[2])
+    return int(stage.device.name.rpartition(":")[2])
 
 
-async def place_again(plan: Plan, spec: StageSpec, card: bytes, placement: Placement, attempt: int) -> None:
+async def place_again(spec: StageSpec, card: bytes, placement: Placement) -> None:
     """A new worker where `spec`'s one died: on the same node, with what was set aside for it.
 
-    attempt: 1 for the first time, and so on. Raises ModelUnavailableError when the node is gone, or nothing starts
-    there.
+    Raises ModelUnavailableError when the node is gone, or nothing starts there.
     """
-    stage = plan.stages[spec.index]
-    nodes = {node["NodeID"]: node["Alive"] for node in await _blocking(ray.nodes)}
-    if not nodes.get(stage.device.node_id):
-        raise ModelUnavailableError(
-            f"node {stage.device.node} left the cluster while stage {spec.index} was loading there: load it again"
-        )
-    assert placement.group is not None
-    bundle = placement.bundles[spec.index]
-    with contextlib.suppress(Exception):
-        # Ray may only have lost sight of it: two workers must not hold one stage.
-        ray.kill(placement.workers[spec.index], no_restart=True)
-    worker = placement.workers[spec.index] = _start(placement.group, bundle, stage, spec, card, attempt)
+    seat = placement.seats[spec.index]
+    if not await is_there(seat.node_id):
+        raise ModelUnavailableError(f"node {seat.node}, which held stage {spec.index}, left the cluster")
+    await _replace(spec, card, placement)
+    coming = asyncio.ensure_future(call(placement.workers[spec.index].device.remote(), f"stage {spec.index}"))
     try:
-        await asyncio.wait_for(call(worker.device.remote(), f"stage {spec.index}"), _PLACE_TIMEOUT_S)
-    except (asyncio.TimeoutError, TimeoutError):
-        raise ModelUnavailableError(
-            f"no worker came up on node {stage.device.node} for stage {spec.index} in {_PLACE_TIMEOUT_S:.0f} s, in the "
-            "place of one that died: look into Ray's logs there"
-        ) from None
+        deadline = time.monotonic() + _PLACE_TIMEOUT_S
+        while not (await asyncio.wait([coming], timeout=1.0))[0]:
+            if not await is_there(seat.node_id):
+                raise ModelUnavailableError(f"node {seat.node}, which held stage {spec.index}, left the cluster")
+            if time.monotonic() > deadline:
+                raise ModelUnavailableError(
+                    f"no worker came up on node {seat.node} for stage {spec.index} in {_PLACE_TIMEOUT_S:.0f} s, in the "
+                    "place of one that died: look into Ray's logs there"
+                )
+        await coming
+    finally:
+        coming.cancel()
 
 
-def _start(
-    group: PlacementGroup, bundle: int, stage: PlannedStage, spec: StageSpec, card: bytes, attempt: int = 0
-) -> Any:
+async def place_elsewhere(stage: PlannedStage, spec: StageSpec, card: bytes, placement: Placement) -> None:
+    """A new worker for `spec` on the device of `stage`. Raises OutOfMemoryError as `place` does."""
+    name = _group_name(placement.model, placement.load_id) + _again()
+    try:
+        (seat,) = await _sit([stage], placement, name)
+    except BaseException:
+        group = placement.groups.pop(name, None)
+        if group is not None:
+            await asyncio.shield(_remove(group))
+        raise
+    before, placement.seats[spec.index] = placement.seats[spec.index].group, seat
+    await _replace(spec, card, placement)
+    if before in placement.groups and all(other.group != before for other in placement.seats):
+        with contextlib.suppress(Exception):
+            await _remove(placement.groups.pop(before))
+
+
+async def _replace(spec: StageSpec, card: bytes, placement: Placement) -> None:
+    await kill(placement.workers[spec.index])
+    placement.workers[spec.index] = _start(placement, spec, card, _again())
+
+
+async def kill(worker: Any) -> None:
+    """Ends a worker that is taken for dead: Ray may only have lost sight of it, and two must not hold one stage."""
+    with contextlib.suppress(Exception):
+        await _blocking(lambda: ray.kill(worker, no_restart=True))
+
+
+async def end_process(node_id: str, pid: int) -> None:
+    """Ends a worker's process that answers nobody, and so not Ray either: what it holds must come free."""
+    end = ray.remote(num_cpus=0, max_retries=0)(_end_process).options(
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
+    )
+    with contextlib.suppress(Exception):
+        await asyncio.wait_for(_blocking(lambda: ray.get(end.remote(pid), timeout=_END_TIMEOUT_S)), _END_TIMEOUT_S + 1)
+
+
+def _end_process(pid: int) -> None:
+    with contextlib.suppress(OSError):
+        # By its name: the number may be another process's by now.
+        if StageWorker.__name__.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGKILL)
+
+
+async def is_there(node_id: str) -> bool:
+    """Whether a node answers: not just in Ray's books, which it leaves many seconds after its end."""
+    for node in await _blocking(ray.nodes):
+        if node["NodeID"] == node_id and node["Alive"]:
+            try:
+                _, writer = await asyncio.wait_for(
+                    asyncio.open_connection(node["NodeManagerAddress"], node["NodeManagerPort"]), _KNOCK_TIMEOUT_S
+                )
+            except (OSError, asyncio.TimeoutError, TimeoutError):
+                return False
+            writer.close()
+            return True
+    return False
+
+
+def _start(placement: Placement, spec: StageSpec, card: bytes, again: str = "") -> Any:
     """A handle for the stage's worker, which comes up by itself."""
+    seat = placement.seats[spec.index]
     actor = ray.remote(StageWorker).options(
-        name=_actor_name(spec, attempt),
+        name=_actor_name(spec, again),
         namespace=NAMESPACE,
         lifetime="detached",
         num_cpus=0,
-        num_gpus=stage.device.slots,
+        num_gpus=seat.slots,
         max_restarts=0,
         max_task_retries=0,
-        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
+        scheduling_strategy=PlacementGroupSchedulingStrategy(
+            placement.groups[seat.group], placement_group_bundle_index=seat.bundle
+        ),
     )
     return actor.remote(spec.to_json(), card)
 
@@ -248,7 +347,7 @@ def _bundle(stage: PlannedStage) -> dict[str, float]:
     """What Ray sets aside for a stage: its GPU, or as much of the node's memory as the plan counts on."""
     if stage.device.slots:
         return {"GPU": stage.device.slots}
-    return {"memory": stage.resident_bytes + stage.workspace_bytes + stage.kv_bytes}
+    return {"memory": stage.resident_bytes + stage.workspace_bytes + stage.kv_budget_bytes}
 
 
 async def call(reference: Any, what: str) -> Any:
@@ -267,16 +366,19 @@ async def call(reference: Any, what: str) -> Any:
 async def find_placements() -> list[Placement]:
     """Every load of which something still exists, with workers in no particular order."""
     found: dict[str, Placement] = {}
+
+    def of(load: str) -> Placement:
+        model, load_id = load.rsplit(":", 1)
+        return found.setdefault(load, Placement(model=model, load_id=load_id))
+
     groups = {group["name"]: group for group in placement_group_table().values() if group["state"] != "REMOVED"}
     for name in groups:
         if name.startswith(_GROUP_PREFIX):
-            model, load_id = name.removeprefix(_GROUP_PREFIX).rsplit(":", 1)
-            found[name] = Placement(model=model, load_id=load_id, group=get_placement_group(name))
+            of(name.removeprefix(_GROUP_PREFIX).partition("~")[0]).groups[name] = get_placement_group(name)
     for entry in ray.util.list_named_actors(all_namespaces=True):
         if entry["namespace"] != NAMESPACE or not entry["name"].startswith(_STAGE_PREFIX):
             continue
-        model, load_id, _ = entry["name"].removeprefix(_STAGE_PREFIX).rsplit(":", 2)
-        placement = found.setdefault(_group_name(model, load_id), Placement(model=model, load_id=load_id))
+        placement = of(entry["name"].removeprefix(_STAGE_PREFIX).rsplit(":", 1)[0])
         with contextlib.suppress(ValueError):
             placement.workers.append(ray.get_actor(entry["name"], namespace=NAMESPACE))
     return list(found.values())

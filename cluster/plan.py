@@ -18,6 +18,9 @@ from .sizes import ModelSizes
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "cpu")
 # Keys and values for more than this have never been asked of a model.
 _MOST_TOKENS = 1 << 40
+# A cache grows by making a longer one: for a moment a layer has both.
+_KV_PART_OF_GPU = 0.9
+_KV_PART_OF_NODE = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +59,10 @@ class PlanOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedStage:
-    """workspace_bytes, kv_bytes: what the plan leaves room for beside `resident_bytes`, on its device."""
+    """workspace_bytes, kv_bytes: what the plan leaves room for beside `resident_bytes`, on its device.
+
+    kv_budget_bytes: what all sessions' keys and values may take there.
+    """
 
     device: Device
     cut: Cut
@@ -66,6 +72,7 @@ class PlannedStage:
     modules: tuple[str, ...]
     workspace_bytes: int = 0
     kv_bytes: int = 0
+    kv_budget_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +82,14 @@ class Plan:
     outline: ModelOutline
     stages: tuple[PlannedStage, ...]
     devices: tuple[Device, ...] = ()
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of all sessions together whose keys and values have room on every stage."""
+        return min(
+            (stage.kv_budget_bytes // stage.kv_bytes_per_token for stage in self.stages if stage.kv_bytes_per_token),
+            default=0,
+        )
 
     def to_message(self, speeds: Speeds | None = None) -> registry_pb2.Plan:
         """With the time that a load will take, as far as `speeds` are known."""
@@ -107,6 +122,7 @@ class Plan:
                     modules=stage.modules,
                     workspace_bytes=stage.workspace_bytes,
                     kv_bytes=stage.kv_bytes,
+                    kv_budget_bytes=stage.kv_budget_bytes,
                     predicted_load_seconds=predicted.seconds[index] if predicted else 0.0,
                 )
                 for index, stage in enumerate(self.stages)
@@ -120,6 +136,7 @@ class Plan:
             load_bottleneck_stage=predicted.slowest if predicted else 0,
             link_bytes_per_second=speeds.link,
             link_is_measured=speeds.is_measured,
+            kv_tokens=self.kv_tokens,
         )
 
 
@@ -217,6 +234,7 @@ def _eligible(devices: Sequence[Device], device_map: str) -> Sequence[Device]:
 
 def _stage(outline: ModelOutline, device: Device, cut: Cut, reserve_tokens: int) -> PlannedStage:
     resident, fetch = outline.sizes.stage(cut.first, cut.end)
+    kv_bytes = outline.sizes.kv_bytes(cut.first, cut.end, reserve_tokens)
     return PlannedStage(
         device=device,
         cut=cut,
@@ -230,5 +248,17 @@ def _stage(outline: ModelOutline, device: Device, cut: Cut, reserve_tokens: int)
             if place.held_by(cut, tied=False) and (place.part != "shared" or cut.is_first)
         ),
         workspace_bytes=outline.sizes.workspace_bytes,
-        kv_bytes=outline.sizes.kv_bytes(cut.first, cut.end, reserve_tokens),
+        kv_bytes=kv_bytes,
+        kv_budget_bytes=_kv_budget(device, device.capacity_bytes - resident - outline.sizes.workspace_bytes, kv_bytes),
     )
+
+
+def _kv_budget(device: Device, left_bytes: int, reserved_bytes: int) -> int:
+    """What keys and values may take of the `left_bytes` of a device.
+
+    A GPU is the stage's own. A node's memory is shared: what is reserved is what there is, or where nothing was asked
+    for a part of what is left, so that other models fit beside it.
+    """
+    if device.kind == "cuda":
+        return max(int(left_bytes * _KV_PART_OF_GPU), reserved_bytes)
+    return reserved_bytes or max(int(left_bytes * _KV_PART_OF_NODE), 0)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..proto.v1.errors import InvalidRequestError
 from ..worker.records import HubToken
-from ..worker.spec import StageSpec
+from ..worker.spec import SessionLimits, StageSpec
 from .checkpoint import Checkpoint, CheckpointRequest, read_checkpoint
 from .devices import Device
 from .layout import Layout, lay_out, resolve_dtype
@@ -38,6 +38,16 @@ class TransferOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServingOptions:
+    """How sessions are let in and computed, as in SessionLimits and StageSpec."""
+
+    max_sessions: int = SessionLimits().max_sessions
+    max_waiting: int = SessionLimits().max_waiting
+    idle_timeout_s: float = SessionLimits().idle_timeout_s
+    use_batches: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OutlinedModel:
     """A checkpoint's outline: all that can be known without knowing the devices."""
 
@@ -64,10 +74,24 @@ class PlannedModel:
     outlined: OutlinedModel
     plan: Plan
 
-    def specs(self, name: str, load_id: str, secret: str, transfer: TransferOptions | None = None) -> list[StageSpec]:
+    def specs(
+        self,
+        name: str,
+        load_id: str,
+        secret: str,
+        transfer: TransferOptions | None = None,
+        serving: ServingOptions | None = None,
+    ) -> list[StageSpec]:
         """One spec for each stage, in order."""
         model = self.outlined
         transfer = transfer or TransferOptions()
+        serving = serving or ServingOptions()
+        limits = SessionLimits(
+            max_sessions=serving.max_sessions,
+            max_waiting=serving.max_waiting,
+            kv_tokens=self.plan.kv_tokens,
+            idle_timeout_s=serving.idle_timeout_s,
+        )
         specs = []
         for index, stage in enumerate(self.plan.stages):
             records = model.layout.records_of(stage.cut, model.checkpoint.records)
@@ -94,6 +118,8 @@ class PlannedModel:
                     use_cache=transfer.use_cache,
                     trace=transfer.trace,
                     quantize_experts=model.options.quantize_experts,
+                    limits=limits,
+                    use_batches=serving.use_batches,
                 )
             )
         return specs

@@ -8,9 +8,8 @@ import logging
 import secrets
 import time
 import uuid
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..proto.v1 import registry_pb2
@@ -19,15 +18,15 @@ from ..proto.v1.errors import (
     ModelNameTakenError,
     ModelNotFoundError,
     ModelUnavailableError,
-    ShardliftError,
     WorkerDiedError,
     one_line,
 )
 from ..worker.records import SourceSpec
 from ..worker.spec import LoadReport, StageSpec
 from . import loads, requests
-from .placement import Placement, call, find_placements, place, place_again
+from .placement import Placement, Seat, call, find_placements, kill, place, place_again
 from .planning import OutlinedModel, PlannedModel, outline_model
+from .resident import Resident
 from .route import Route
 from .seen_speeds import SeenSpeeds
 from .tokenizer import Tokenizer
@@ -36,7 +35,10 @@ from .topology import discover
 logger = logging.getLogger(__name__)
 
 _DESCRIBE_TIMEOUT_S = 30.0
-_CHECK_TIMEOUT_S = 10.0
+# A recovery that another loss interrupts begins again at once, so many times; then more and more slowly.
+_HASTY_TRIES = 3
+_RETRY_S = 1.0
+_MOST_RETRY_S = 10.0
 # Progress that nobody reads is dropped beyond this; what must arrive is told all the same.
 _MAX_WAITING_EVENTS = 1000
 _MAX_WAITING_PIECES = 64  # of a timeline, a MiB each
@@ -50,12 +52,18 @@ class Entry:
     placement: Placement
     source: SourceSpec | None = None
     load: asyncio.Task[None] | None = None
-    route: Route | None = None
+    resident: Resident | None = None
     tokenizer: Tokenizer | None = None
     tokenizing: asyncio.Lock = field(default_factory=asyncio.Lock)
     discarding: asyncio.Task[None] | None = None
-    checking: asyncio.Task[None] | None = None
+    recovering: asyncio.Task[None] | None = None
+    # The first try of a recovery, for those who wait for it.
+    attempt: asyncio.Future[None] | None = None
     is_listened_to: bool = True
+
+    @property
+    def route(self) -> Route | None:
+        return None if self.resident is None else self.resident.route
 
 
 class Registry:
@@ -97,26 +105,68 @@ class Registry:
                 entry.tokenizer = await asyncio.to_thread(Tokenizer, entry.source, None)
         return entry.tokenizer
 
-    def serves(self, route: Route) -> bool:
-        """Whether the model behind `route` is to stay: not unloaded, and not being so."""
-        return any(entry.route is route and entry.discarding is None for entry in self._entries.values())
+    async def ready_route(self, name: str) -> Route:
+        """As `route`, but waits for a lost stage that is being brought back."""
+        entry = self._entry(name)
+        if entry.attempt is not None:
+            await asyncio.shield(entry.attempt)
+        return self.route(name)
 
-    def doubt(self, name: str) -> None:
-        """A call to the model failed: finds out whether the model still answers, and says so from then on."""
-        entry = self._entries.get(name)
-        if entry is not None and entry.checking is None and entry.info.state == registry_pb2.MODEL_STATE_READY:
-            entry.checking = asyncio.create_task(self._check(entry))
+    async def next_route(self, name: str, failed: Route) -> Route:
+        """The route after a call over `failed` has failed: has the model looked after, and waits until it is well.
 
-    async def _check(self, entry: Entry) -> None:
-        assert entry.route is not None
+        Raises ModelUnavailableError where it was unloaded, or does not get well for now.
+        """
+        entry = next((entry for entry in self._entries.values() if entry.info.name == name), None)
+        if entry is None or entry.discarding is not None:
+            # Whichever of its stages went first, this is why.
+            raise ModelUnavailableError(f"model {name} was unloaded")
+        if entry.route is failed:
+            self._suspect(entry)
+        return await self.ready_route(name)
+
+    # -- recovery --------------------------------------------------------------------------------------------------
+
+    def _suspect(self, entry: Entry) -> None:
+        """A stage may be lost: finds out, and brings it back."""
+        if entry.recovering is None and entry.discarding is None and entry.resident is not None:
+            entry.attempt = asyncio.get_running_loop().create_future()
+            entry.recovering = asyncio.create_task(self._recover_stages(entry, entry.resident, entry.attempt))
+
+    async def _recover_stages(self, entry: Entry, resident: Resident, attempt: asyncio.Future[None]) -> None:
+        """Tries until the model is well again; capacity may return at any time."""
+        started, tries, name = time.monotonic(), 0, entry.info.name
+        self._set_state(entry, registry_pb2.MODEL_STATE_RECOVERING)
+        lost: set[int] = set()
         try:
-            await entry.route.canary(_CHECK_TIMEOUT_S)
-        except ShardliftError as error:
-            if entry.info.state == registry_pb2.MODEL_STATE_READY:
-                entry.info.reason = f"{one_line(error)} (unload it, and load it again)"
-                self._set_state(entry, registry_pb2.MODEL_STATE_UNAVAILABLE)
+            while True:
+                try:
+                    lost |= set(await resident.restore(self._held, self._placing))
+                    break
+                except Exception as error:
+                    tries += 1
+                    logger.warning("model %s is not well yet: %s", name, one_line(error))
+                    if isinstance(error, ModelUnavailableError) and tries < _HASTY_TRIES:
+                        continue  # another stage was lost meanwhile
+                    entry.info.reason = one_line(error)
+                    self._set_state(entry, registry_pb2.MODEL_STATE_UNAVAILABLE)
+                    _settle(attempt, ModelUnavailableError(f"model {name} is unavailable: {entry.info.reason}"))
+                    await asyncio.sleep(min(_RETRY_S * tries, _MOST_RETRY_S))
+            entry.info.reason = ""
+            if lost:
+                entry.info.recoveries += 1
+                entry.info.recovery_seconds = time.monotonic() - started
+                logger.info("model %s has its stages %s back", name, sorted(lost))
+            entry.recovering = entry.attempt = None
+            self._set_state(entry, registry_pb2.MODEL_STATE_READY)
+            resident.watch(lambda _: self._suspect(entry))
+            _settle(attempt, None)
         finally:
-            entry.checking = None
+            _settle(attempt, ModelUnavailableError(f"model {name} was unloaded"))
+
+    def _held(self) -> set[str]:
+        """Devices that models hold."""
+        return {f"{stage.node}/{stage.device}" for entry in self._entries.values() for stage in entry.info.plan.stages}
 
     def _entry(self, name: str) -> Entry:
         entry = self._entries.get(name)
@@ -138,7 +188,7 @@ class Registry:
             return (await self._spread(outlined, options)).plan.to_message(speeds)
 
     async def _spread(self, outlined: OutlinedModel, options: registry_pb2.LoadOptions) -> PlannedModel:
-        held = {f"{stage.node}/{stage.device}" for entry in self._entries.values() for stage in entry.info.plan.stages}
+        held = self._held()
         return await asyncio.to_thread(lambda: outlined.spread(requests.plan_options(options), discover(held)))
 
     # -- loading ---------------------------------------------------------------------------------------------------
@@ -181,6 +231,7 @@ class Registry:
         name, placement, info = entry.info.name, entry.placement, entry.info
         token = requests.access_token(request.source)
         transfer = requests.transfer_options(request.options)
+        serving = requests.serving_options(request.options)
         secret = secrets.token_urlsafe(32)
 
         def tell(**event: Any) -> None:
@@ -200,37 +251,30 @@ class Registry:
             speeds = requests.given_speeds(request.options, self._speeds.of(entry.source))
             info.plan.CopyFrom(planned.plan.to_message(speeds))
             tell(planned=info.plan)
-            specs = planned.specs(name, placement.load_id, secret, transfer)
-            await place(planned.plan, specs, info.SerializeToString(), placement)
+            specs = planned.specs(name, placement.load_id, secret, transfer, serving)
+            card = registry_pb2.ModelCard(info=info).SerializeToString()
+            await place(planned.plan, specs, card, placement)
 
         async def tell_place(index: int) -> None:
             stage = info.plan.stages[index]
             stage.device = await loads.actual_device(placement.workers[index], index, stage.device)
             tell(placed=registry_pb2.StagePlaced(stage=index, node=stage.node, device=stage.device))
 
-        respawns: Counter[int] = Counter()
-
         async def respawn(index: int, error: WorkerDiedError) -> None:
             tell(warning=f"{one_line(error)}; another one loads its part anew")
-            respawns[index] += 1
-            await place_again(planned.plan, specs[index], info.SerializeToString(), placement, respawns[index])
+            await place_again(specs[index], card, placement)
 
         reports = await loads.load_stages(placement.workers, specs, token, tell_progress, tell_place, respawn)
-        addresses = [report.address for report in reports]
-        await loads.join_ring(placement.workers, addresses)
-        entry.route = Route(addresses[-1], secret)
-        await entry.route.canary()
+        resident = entry.resident = Resident(info, request, token, placement, reports, specs)
+        await resident.join()
         entry.tokenizer = await loads.tokenizer_or_none(entry.source, token)
         info.residency.extend(loads.residency(index, report) for index, report in enumerate(reports))
         self._speeds.learn(entry.source, [stage.device for stage in planned.plan.stages], reports)
         info.load_seconds = time.monotonic() - started
         # The workers first: ready is what a restarted controller would find ready.
-        ready = registry_pb2.ModelInfo()
-        ready.CopyFrom(info)
-        ready.state = registry_pb2.MODEL_STATE_READY
-        card = ready.SerializeToString()
-        await asyncio.gather(*(call(worker.set_card.remote(card), "a stage") for worker in placement.workers))
+        await resident.keep_card()
         self._set_state(entry, registry_pb2.MODEL_STATE_READY)
+        resident.watch(lambda _: self._suspect(entry))
         if transfer.trace:
             try:
                 async for piece in loads.traces(placement.workers):
@@ -256,14 +300,14 @@ class Registry:
 
     async def _free(self, entry: Entry) -> None:
         self._set_state(entry, registry_pb2.MODEL_STATE_UNLOADING)
-        tasks = [task for task in (entry.load, entry.checking) if task is not None]
+        tasks = [task for task in (entry.load, entry.recovering) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         # The workers before the route: they tell those who wait for an answer why there will be none.
         await entry.placement.free()
-        if entry.route is not None:
-            await entry.route.close()
+        if entry.resident is not None:
+            await entry.resident.close()
         if self._entries.get(entry.info.name) is entry:
             del self._entries[entry.info.name]
         self._on_change(entry.info.name, registry_pb2.MODEL_STATE_UNSPECIFIED)
@@ -274,10 +318,14 @@ class Registry:
             if unload or entry.info.state not in (
                 registry_pb2.MODEL_STATE_READY,
                 registry_pb2.MODEL_STATE_UNAVAILABLE,
+                registry_pb2.MODEL_STATE_RECOVERING,
             ):
                 await self._discard(entry)
-            elif entry.route is not None:
-                await entry.route.close()
+            elif entry.resident is not None:
+                if entry.recovering is not None:
+                    entry.recovering.cancel()
+                    await asyncio.gather(entry.recovering, return_exceptions=True)
+                await entry.resident.close()
 
     # -- after a restart -------------------------------------------------------------------------------------------
 
@@ -293,34 +341,78 @@ class Registry:
             logger.warning("freeing what is left of %s: %s", placement.model, one_line(error))
             await placement.free()
             return
+        resident = entry.resident
+        assert resident is not None
         self._entries[entry.info.name] = entry
+        try:
+            await resident.connect()
+        except Exception as error:
+            logger.warning("model %s is not well: %s", entry.info.name, one_line(error))
+            self._suspect(entry)
+        else:
+            resident.watch(lambda _: self._suspect(entry))
         self._on_change(entry.info.name, entry.info.state)
 
     async def _recognize(self, placement: Placement) -> Entry:
-        answers = await asyncio.wait_for(
-            asyncio.gather(*(call(worker.describe.remote(), "a stage") for worker in placement.workers)),
-            timeout=_DESCRIBE_TIMEOUT_S,
+        """The model that these workers hold, of which some may have gone."""
+        answers = await asyncio.gather(
+            *(
+                asyncio.wait_for(call(worker.describe.remote(), "a stage"), _DESCRIBE_TIMEOUT_S)
+                for worker in placement.workers
+            ),
+            return_exceptions=True,
         )
         stages: dict[int, tuple[Any, StageSpec, LoadReport]] = {}
-        info = registry_pb2.ModelInfo()
-        for worker, (fields, card, report, joined) in zip(placement.workers, answers, strict=True):
-            spec = StageSpec.from_json({**fields, "records": [], "versions": {}})
+        card = registry_pb2.ModelCard()
+        for worker, answer in zip(placement.workers, answers, strict=True):
+            if isinstance(answer, BaseException):
+                await kill(worker)
+                continue
+            fields, bytes_, report, joined = answer
+            spec = StageSpec.from_json({**fields, "records": []})
             if report is None or not joined:
-                raise ModelUnavailableError(f"stage {spec.index} never finished loading")
+                await kill(worker)  # of a load, or a recovery, that nobody leads to its end
+                continue
             stages[spec.index] = (worker, spec, report)
-            info.ParseFromString(card)
-        if not stages or info.state != registry_pb2.MODEL_STATE_READY:
+            card.ParseFromString(max(bytes_, card.SerializeToString(), key=_recoveries))
+        if not stages or card.info.state != registry_pb2.MODEL_STATE_READY:
             raise ModelUnavailableError("it never became ready")
-        _, spec, _ = next(iter(stages.values()))
-        loads.check_complete(list(stages), spec)
-        placement.workers = [stages[index][0] for index in sorted(stages)]
-        route = Route(stages[spec.num_stages - 1][2].address, spec.secret)
-        try:
-            await route.canary()
-        except BaseException:
-            await route.close()
-            raise
-        return Entry(info=info, placement=placement, source=spec.source, route=route)
+        _, some, _ = next(iter(stages.values()))
+        placement.workers = [stages[index][0] if index in stages else None for index in range(some.num_stages)]
+        placement.seats = [
+            Seat(
+                group=seat.placement_group,
+                bundle=seat.bundle,
+                node=seat.node,
+                node_id=seat.node_id,
+                device=seat.device,
+                slots=seat.gpus,
+            )
+            for seat in card.seats
+        ]
+        numbers = range(some.num_stages)
+        specs = [stages[index][1] if index in stages else replace(some, index=index) for index in numbers]
+        reports = [stages[index][2] if index in stages else None for index in numbers]
+        request = registry_pb2.LoadModelRequest(name=card.info.name, source=card.source, options=card.options)
+        token = requests.access_token(card.source)
+        resident = Resident(card.info, request, token, placement, reports, specs)
+        return Entry(info=card.info, placement=placement, source=some.source, resident=resident)
+
+
+def _recoveries(card: bytes) -> tuple[bool, int]:
+    """Of two cards of a model, the later one counts: it knows where stages have moved."""
+    read = registry_pb2.ModelCard.FromString(card)
+    return read.info.state == registry_pb2.MODEL_STATE_READY, read.info.recoveries
+
+
+def _settle(attempt: asyncio.Future[None], error: Exception | None) -> None:
+    if attempt.done():
+        return
+    if error is None:
+        attempt.set_result(None)
+    else:
+        attempt.set_exception(error)
+        attempt.exception()  # seen, even where nobody waits
 
 
 async def _outline(source: registry_pb2.ModelSource, options: registry_pb2.LoadOptions) -> OutlinedModel:

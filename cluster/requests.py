@@ -15,10 +15,11 @@ from ..worker.sources.urls import is_url, parse_url
 from .checkpoint import CheckpointRequest
 from .load_time import Speeds
 from .plan import PlanOptions
-from .planning import ModelOptions, TransferOptions
+from .planning import ModelOptions, ServingOptions, TransferOptions
 
 _LEAST_BUDGET_BYTES = 1 << 20
 _MOST_CONNECTIONS = 64
+_MOST_IDLE_S = 24 * 3600
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -91,6 +92,20 @@ def transfer_options(options: registry_pb2.LoadOptions) -> TransferOptions:
         connections=connections,
         use_cache=not options.without_cache,
         trace=options.trace,
+    )
+
+
+def serving_options(options: registry_pb2.LoadOptions) -> ServingOptions:
+    """Raises InvalidRequestError for an idle time that makes no sense."""
+    defaults = ServingOptions()
+    idle_timeout_s = options.idle_timeout_s or defaults.idle_timeout_s
+    if not 0 < idle_timeout_s <= _MOST_IDLE_S:
+        raise InvalidRequestError(f"idle_timeout_s={idle_timeout_s:g}: write more than 0, and {_MOST_IDLE_S} at most")
+    return ServingOptions(
+        max_sessions=options.max_sessions or defaults.max_sessions,
+        max_waiting=options.max_waiting or defaults.max_waiting,
+        idle_timeout_s=idle_timeout_s,
+        use_batches=not options.without_batching,
     )
 
 

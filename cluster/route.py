@@ -22,6 +22,7 @@ class Route:
 
     def __init__(self, address: str, secret: str) -> None:
         self.address = address
+        self.closed = False
         self.metadata = [(SECRET_HEADER, secret)]
         self._channel = grpc.aio.insecure_channel(address, options=STAGE_CHANNEL_OPTIONS)
         self.stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
@@ -55,4 +56,5 @@ class Route:
 
     async def close(self) -> None:
         """Ends the calls under way."""
+        self.closed = True
         await self._channel.close(None)

@@ -2,60 +2,22 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from ..proto.v1.errors import CheckpointNotFoundError, InvalidRequestError, one_line
+from ..proto.v1.errors import InvalidRequestError, one_line
 from ..worker.records import HubToken, SourceSpec
-from ..worker.sources import open_source
-from .checkpoint import read_file
+from ..worker.tokenizer import load_tokenizer
 
-# What transformers' tokenizers read. Weights are never among them.
-_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
-_FILE_LIMIT_BYTES = 128 << 20
 _HELD_BACK_TOKENS = 8
 
 
 class Tokenizer:
-    """Text to ids and back. Loaded whole into memory: no file of it stays on disk."""
+    """Text to ids and back. Loaded whole into memory."""
 
     def __init__(self, spec: SourceSpec, token: HubToken) -> None:
         """Raises InvalidRequestError where the checkpoint has no tokenizer that transformers can load."""
-        from transformers import AutoTokenizer
-
-        source = open_source(spec, token)
-        with tempfile.TemporaryDirectory(prefix="shardlift-tokenizer-") as folder:
-            try:
-                for file in _FILES:
-                    try:
-                        data = read_file(source, file, _FILE_LIMIT_BYTES)
-                    except CheckpointNotFoundError:
-                        continue
-                    (Path(folder) / file).write_bytes(data)
-            finally:
-                source.close()
-            try:
-                self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                    folder, local_files_only=True, trust_remote_code=False
-                )
-            except Exception as error:
-                text = one_line(error, 200).replace(folder, spec.location)
-                raise InvalidRequestError(f"{spec.location} has no tokenizer that can be loaded: {text}") from None
+        self._tokenizer: Any = load_tokenizer(spec, token)
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text)["input_ids"])

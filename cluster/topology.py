@@ -24,20 +24,21 @@ _PROBE_TIMEOUT_S = 60.0
 _SETTLE_S = 2.0
 
 
-def discover(held: Collection[str] = ()) -> list[Device]:
+def discover(held: Collection[str] = (), without: Collection[str] = ()) -> list[Device]:
     """Devices with what is free on them, ordered by node. A GPU that is held already has room for nothing, but stays
     in the list: names and indices don't depend on who came first, and a cluster with GPUs is never taken for one
     without.
 
     held: paths of devices ("node/cuda:0") that are known to be. Where Ray says that more are, the free ones of that
-    node are held for a moment to learn which they are.
+    node are held for a moment to learn which they are. without: ids of nodes that are not to be asked.
 
     A node with GPUs offers those; where Ray was told of GPUs that aren't there, each is a slot for a CPU worker.
     A node without offers its memory to CPU workers, unless it was told to take no work (0 CPUs).
     """
-    nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=_order)
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    nodes = sorted((node for node in alive if node["NodeID"] not in without), key=_order)
     available = available_resources_per_node()
-    addresses = Counter(node["NodeManagerAddress"] for node in nodes)
+    addresses = Counter(node["NodeManagerAddress"] for node in alive)
     gpus = _probe_gpus([node["NodeID"] for node in nodes if node["Resources"].get("GPU")])
     devices: list[Device] = []
     names: dict[str, str] = {}

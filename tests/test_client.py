@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import pickle
@@ -97,7 +98,8 @@ def gateway() -> Iterator[ScriptedGateway]:
 
 @pytest.fixture
 def client(gateway: ScriptedGateway) -> Iterator[shardlift.Client]:
-    with shardlift.connect(gateway.address) as client:
+    # What is scripted to fail shall fail, not be waited for.
+    with shardlift.connect(gateway.address, retry_s=0) as client:
         yield client
 
 
@@ -183,7 +185,7 @@ def test_a_closed_client_says_so(gateway: ScriptedGateway) -> None:
 
 def test_a_gateway_that_went_away_is_found_again() -> None:
     with ScriptedGateway() as gateway:
-        client = shardlift.connect(gateway.address, timeout_s=0.5)
+        client = shardlift.connect(gateway.address, timeout_s=0.5, retry_s=0.5)
     with pytest.raises(errors.GatewayUnavailableError):
         client.models()
     with pytest.raises(errors.GatewayUnavailableError):
@@ -357,10 +359,12 @@ def test_plan_has_the_contract_form(gateway: ScriptedGateway, client: shardlift.
                 "capacity_bytes": 1 << 30,
                 "workspace_bytes": 0,
                 "kv_bytes": 0,
+                "kv_budget_bytes": 0,
                 "predicted_load_seconds": None,
             }
             for index in range(2)
         ],
+        "kv_tokens": 0,
         "predicted_load_seconds": None,
         "load_bottleneck": None,
         "link_bytes_per_second": None,
@@ -731,13 +735,19 @@ def test_sequence_bias_goes_in_its_json_form(gateway: ScriptedGateway, model: Re
     assert (list(ids), bias) == ([4, 5], -10.0)
 
 
+def test_stop_strings_are_the_workers_to_find(gateway: ScriptedGateway, model: RemoteModel) -> None:
+    """They have the checkpoint's tokenizer, so the one that transformers wants to be given stays here."""
+    gateway.answer("Generate", *answer([[3]]))
+    model.generate([[1, 2]], stop_strings=["Human:"], tokenizer=Words())
+    assert list(gateway.calls[-1].request.generation["stop_strings"]) == ["Human:"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"logits_processor": [object()]}, "logits_processor"),
-        ({"stopping_criteria": [object()]}, "stopping_criteria"),
-        ({"assistant_model": object()}, "assistant_model"),
-        ({"prefix_allowed_tokens_fn": print}, "prefix_allowed_tokens_fn"),
+        ({"inputs_embeds": torch.zeros(1, 2, 8)}, "inputs_embeds"),
+        ({"labels": [[1, 2]]}, "labels"),
+        ({"past_key_values": transformers.DynamicCache()}, "DynamicCache"),
         ({"bad_words_ids": torch.zeros(1, 2)}, "bad_words_ids is a Tensor"),
         ({"max_new_token": 3}, "max_new_token"),
         ({"return_dict_in_generate": True, "output_hidden_states": True}, "output_hidden_states"),
@@ -1013,15 +1023,29 @@ def test_forward_of_nothing(gateway: ScriptedGateway, model: RemoteModel) -> Non
     assert model(torch.zeros(1, 0, dtype=torch.long)).logits.shape == (1, 0, 32)
 
 
-def test_a_cache_is_one_call(gateway: ScriptedGateway, model: RemoteModel) -> None:
-    asked: list[inference_pb2.ForwardRequest] = []
+def session_reply(
+    tensor: torch.Tensor, length: int, rows: int | None = None
+) -> Iterator[inference_pb2.SessionResponse]:
+    """The answer to a pass after which the session holds `length` positions."""
+    for part in forward_reply(tensor):
+        yield inference_pb2.SessionResponse(forward=part)
+    yield inference_pb2.SessionResponse(
+        done=inference_pb2.SessionState(length=length, rows=len(tensor) if rows is None else rows)
+    )
 
-    def play(requests: Any, context: grpc.ServicerContext) -> Iterator[inference_pb2.ForwardResponse]:
+
+def test_a_cache_is_one_call(gateway: ScriptedGateway, model: RemoteModel) -> None:
+    asked: list[inference_pb2.SessionRequest] = []
+
+    def play(requests: Any, context: grpc.ServicerContext) -> Iterator[inference_pb2.SessionResponse]:
+        length = 0
         for request in requests:
             asked.append(request)
-            yield from forward_reply(torch.full((1, request.input_ids.shape[1], 4), float(len(asked))))
+            new = request.forward.input_ids.shape[1]
+            length += new
+            yield from session_reply(torch.full((1, new, 4), float(len(asked))), length)
 
-    gateway.expect("Forward", play)
+    gateway.expect("Session", play)
     first = model([[1, 2, 3]], use_cache=True)
     cache = first.past_key_values
     assert isinstance(cache, RemoteCache)
@@ -1033,7 +1057,8 @@ def test_a_cache_is_one_call(gateway: ScriptedGateway, model: RemoteModel) -> No
     third = model([[5]], past_key_values=cache, use_cache=False)
     assert third.past_key_values is None
     assert cache.get_seq_length() == 5
-    assert [request.use_cache for request in asked] == [True, True, True]
+    assert [request.model for request in asked] == ["tiny", "", ""]
+    assert not any(request.HasField("keep") or request.rows for request in asked)
     assert len(gateway.calls) == 2
     cache.close()
     cache.close()
@@ -1045,7 +1070,7 @@ def test_a_cache_is_one_call(gateway: ScriptedGateway, model: RemoteModel) -> No
 
 
 def test_a_forgotten_cache_is_freed(gateway: ScriptedGateway, model: RemoteModel) -> None:
-    gateway.expect("Forward", forever(*forward_reply(torch.zeros(1, 1, 4))))
+    gateway.expect("Session", forever(*session_reply(torch.zeros(1, 1, 4), 1)))
     output = model([[1]], use_cache=True)
     assert not gateway.calls[-1].over.is_set()
     del output
@@ -1054,11 +1079,75 @@ def test_a_forgotten_cache_is_freed(gateway: ScriptedGateway, model: RemoteModel
 
 
 def test_a_failed_pass_closes_its_cache(gateway: ScriptedGateway, model: RemoteModel) -> None:
-    gateway.answer("Forward", *forward_reply(torch.zeros(1, 1, 4)), error=errors.ModelUnavailableError("gone"))
+    gateway.answer("Session", *session_reply(torch.zeros(1, 1, 4), 1), error=errors.ModelUnavailableError("gone"))
     cache = model([[1]], use_cache=True).past_key_values
     with pytest.raises(errors.ModelUnavailableError):
         model([[2]], past_key_values=cache)
     assert cache.closed
+
+
+def pass_recorder(asked: list[tuple[int | None, list[int]]]) -> Any:
+    """Answers passes, and takes down what each was to do before."""
+
+    def play(requests: Any, context: grpc.ServicerContext) -> Iterator[inference_pb2.SessionResponse]:
+        length = 0
+        for request in requests:
+            asked.append((request.keep if request.HasField("keep") else None, list(request.rows)))
+            rows, new = request.forward.input_ids.shape
+            length = (request.keep if request.HasField("keep") else length) + new
+            yield from session_reply(torch.zeros(rows, new, 4), length)
+
+    return play
+
+
+def test_what_is_done_to_a_cache_is_done_before_the_next_pass(gateway: ScriptedGateway, model: RemoteModel) -> None:
+    asked: list[tuple[int | None, list[int]]] = []
+    gateway.expect("Session", pass_recorder(asked))
+    cache = RemoteCache(model._gateway, "tiny")
+    assert (cache.get_seq_length(), cache.get_max_length(), cache.batch_size) == (0, -1, -1)
+    assert not cache.is_compileable
+    cache.reorder_cache(torch.tensor([1, 0]))  # of an empty cache, as transformers': nothing
+    cache.activate_past_recording()
+    model([[1, 2, 3], [4, 5, 6]], past_key_values=cache)
+    assert (cache.get_seq_length(), cache.batch_size) == (3, 2)
+    cache.crop(0)
+    cache.crop(-1)
+    cache.crop(5)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.batch_repeat_interleave(2)  # 1 1 0 0
+    cache.batch_select_indices(torch.tensor([0, 2, 3]))  # 1 0 0
+    assert (cache.get_seq_length(), cache.batch_size) == (2, 3)
+    with pytest.raises(errors.InvalidRequestError, match="3 rows"):
+        model([[7]], past_key_values=cache)
+    model([[7], [8], [9]], past_key_values=cache)
+    cache.batch_select_indices(torch.tensor([False, True, False]))
+    cache.crop(1)  # as older versions of transformers: to this length
+    model([[7]], past_key_values=cache)
+    cache.reset()
+    assert (cache.get_seq_length(), cache.batch_size) == (0, -1)
+    model([[7], [8]], past_key_values=cache)
+    with pytest.raises(errors.InvalidRequestError, match="rows"):
+        cache.reorder_cache([2])
+    assert asked == [(None, []), (2, [1, 0, 0]), (1, [1]), (0, [])]
+    cache.close()
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [
+        [],
+        [inference_pb2.SessionResponse()],
+        [inference_pb2.SessionResponse(done=inference_pb2.SessionState(length=1, rows=1))],
+        list(session_reply(torch.zeros(1, 1, 4), 2)),
+        list(session_reply(torch.zeros(1, 1, 4), 1, rows=2)),
+        list(session_reply(torch.zeros(1, 1, 4), 1))[:-1],
+    ],
+    ids=["nothing", "unknown", "no logits", "another length", "other rows", "no end"],
+)
+def test_sessions_that_break_the_protocol(replies: Any, gateway: ScriptedGateway, model: RemoteModel) -> None:
+    gateway.answer("Session", *replies)
+    with pytest.raises(errors.InternalError):
+        model([[1]], use_cache=True)
 
 
 @pytest.mark.parametrize(
@@ -1099,6 +1188,32 @@ def test_a_pickled_handle_holds_no_token(monkeypatch: pytest.MonkeyPatch) -> Non
         gateway.answer("Generate", *answer([[3]]))
         assert model.generate([[1, 2]]).tolist() == [[1, 2, 3]]
         model._gateway.close()
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copied_handle_keeps_its_connection_and_changes(
+    copied: Any, gateway: ScriptedGateway, model: RemoteModel
+) -> None:
+    gateway.answer("Generate", *answer([[3]]))
+    model.generate([[1, 2]])
+    model.generation_config.pad_token_id = 9
+    twin = copied(model)
+    gateway.answer("GetModel", registry_pb2.GetModelResponse(model=model_info()))
+    gateway.answer("Generate", *answer([[3]]))
+    assert twin.generate([[1, 2]]).tolist() == [[1, 2, 3]]
+    assert dict(gateway.calls[-1].request.generation) == {"pad_token_id": 9}
+    restored = pickle.loads(pickle.dumps(model))
+    assert (restored.name, restored.generation_config.pad_token_id) == ("tiny", 9)
+    restored._gateway.close()
+
+
+def test_a_client_pickles_to_its_address(gateway: ScriptedGateway, client: shardlift.Client) -> None:
+    gateway.answer("ListModels", registry_pb2.ListModelsResponse())
+    with pickle.loads(pickle.dumps(client)) as restored:
+        assert restored.models() == []
+    twin = copy.deepcopy(client)
+    gateway.answer("ListModels", registry_pb2.ListModelsResponse())
+    assert twin.models() == []
 
 
 # The local instance

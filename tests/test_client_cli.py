@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import grpc
 import pytest
 from click.testing import CliRunner, Result
-from google.protobuf.json_format import MessageToJson
+from google.protobuf.json_format import MessageToDict, MessageToJson
 
 from shardlift.client.cli.main import cli
 from shardlift.proto.v1 import errors, inference_pb2, registry_pb2
@@ -42,10 +42,12 @@ PLAN = registry_pb2.Plan(
             capacity_bytes=4 << 30,
             kv_bytes=1 << 30,
             predicted_load_seconds=200.0,
+            kv_budget_bytes=2 << 30,
         )
     ],
     predicted_load_seconds=200.0,
     load_bottleneck="link",
+    kv_tokens=65_536,
     link_bytes_per_second=64e6,
 )
 PLAN_JSON = {
@@ -65,9 +67,11 @@ PLAN_JSON = {
             "capacity_bytes": 4 << 30,
             "workspace_bytes": 0,
             "kv_bytes": 1 << 30,
+            "kv_budget_bytes": 2 << 30,
             "predicted_load_seconds": 200.0,
         }
     ],
+    "kv_tokens": 65_536,
     "predicted_load_seconds": 200.0,
     "load_bottleneck": "link",
     "link_bytes_per_second": 64e6,
@@ -155,6 +159,7 @@ def test_plan(gateway: ScriptedGateway) -> None:
     done = run("plan", "org/tiny")
     assert row(done.stdout, "0") == "0 10.0.0.7 cuda:0 0–3 3.00 GiB ████████▒▒ 100 % 12.00 GiB 64 B"
     assert row(done.stdout, "total") == "total 3.00 GiB 12.00 GiB 64 B"
+    assert "room for 65,536 tokens of all sessions together (2.00 GiB for keys and values)" in done.stdout
     assert "about 3 min 20 s to load; bottleneck: stage 0, the link to node 10.0.0.7, at 64.0 MB/s" in done.stdout
 
 
@@ -326,6 +331,17 @@ def test_load(gateway: ScriptedGateway) -> None:
     assert gateway.calls[0].request.name == "tiny"
 
 
+def test_load_says_how_sessions_run(gateway: ScriptedGateway) -> None:
+    gateway.answer("LoadModel", *LOAD)
+    known_model(gateway)
+    flags = ["--max-sessions", "3", "--max-waiting", "4", "--idle-timeout", "1.5", "--no-batching"]
+    assert run("load", "org/tiny", *flags).exit_code == 0
+    asked = gateway.calls[0].request.options
+    assert (asked.max_sessions, asked.max_waiting, asked.idle_timeout_s) == (3, 4, 1.5)
+    assert asked.without_batching
+    assert run("load", "org/tiny", "--idle-timeout", "0").exit_code == 2
+
+
 def test_load_json(gateway: ScriptedGateway) -> None:
     gateway.answer("LoadModel", *LOAD)
     known_model(gateway)
@@ -362,6 +378,8 @@ def test_list_show_unload(gateway: ScriptedGateway) -> None:
     assert {name: stage[name] for name in PLAN_JSON["stages"][0]} == PLAN_JSON["stages"][0]  # type: ignore[index]
     assert stage["measured_bytes"] == (3 << 30) + 512
     assert stage["modules"] == {"model": {"dtype": "nf4", "bytes": 7, "device": "cuda:0"}}
+    assert values["kv_tokens"] == 65_536
+    assert (values["recoveries"], values["recovery_seconds"]) == (0, 0.0)
     gateway.answer("UnloadModel", registry_pb2.UnloadModelResponse())
     assert run("unload", "tiny").stdout == "unloaded tiny\n"
     gateway.answer("UnloadModel", error=errors.ModelNotFoundError("no model is called tiny"))
@@ -369,20 +387,42 @@ def test_list_show_unload(gateway: ScriptedGateway) -> None:
     assert (done.exit_code, done.stdout, done.stderr) == (1, "", "error: no model is called tiny\n")
 
 
+def test_show_a_model_that_recovers(gateway: ScriptedGateway) -> None:
+    info = registry_pb2.ModelInfo()
+    info.CopyFrom(INFO)
+    info.state, info.reason = registry_pb2.MODEL_STATE_RECOVERING, "stage 0 was lost"
+    info.recoveries, info.recovery_seconds = 2, 8.25
+    for flags in ([], ["--json"]):
+        for _ in range(2):
+            gateway.answer("GetModel", registry_pb2.GetModelResponse(model=info))
+        done = run("show", "tiny", *flags)
+        assert done.exit_code == 0
+        if not flags:
+            assert "tiny: org/tiny (nf4), recovering" in done.stdout
+            assert "stage 0 was lost\n" in done.stdout
+            assert "recovered 2 times, the last time in 8.2 s" in done.stdout
+    values = json.loads(done.stdout)
+    assert (values["state"], values["recoveries"], values["recovery_seconds"]) == ("recovering", 2, 8.25)
+
+
 def test_generate(gateway: ScriptedGateway) -> None:
     known_model(gateway)
     gateway.answer("Generate", *text_answer("Hel", "", "lo"))
     flags = ["--max-new-tokens", "3", "--do-sample", "--temperature", "0.5", "--top-p", "0.9", "--top-k", "5"]
+    flags += ["--min-p", "0.25", "--repetition-penalty", "1.5", "--stop", "Human:", "--stop", "\n\n"]
     done = run("generate", "tiny", "--prompt", "Say it", *flags, "--seed", "4")
     assert (done.exit_code, done.stdout) == (0, "Hello\n")
     asked = gateway.calls[-1].request
     assert (asked.prompt, asked.seed) == ("Say it", 4)
-    assert dict(asked.generation) == {
+    assert MessageToDict(asked.generation) == {
         "max_new_tokens": 3,
         "do_sample": True,
         "temperature": 0.5,
         "top_p": 0.9,
         "top_k": 5,
+        "min_p": 0.25,
+        "repetition_penalty": 1.5,
+        "stop_strings": ["Human:", "\n\n"],
     }
     known_model(gateway)
     gateway.answer("Generate", *text_answer("Hel", "lo"))

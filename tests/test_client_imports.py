@@ -25,7 +25,8 @@ def test_import_is_light() -> None:
 
 
 def test_exported_classes_are_light() -> None:
-    assert _imported_by("from shardlift import AutoModelForCausalLM, connect, Client, ShardliftError") == set()
+    names = "AsyncClient, AutoModelForCausalLM, Client, ShardliftError, connect, connect_async"
+    assert _imported_by(f"from shardlift import {names}") == set()
 
 
 def test_asking_a_dead_address_is_light() -> None:
@@ -39,7 +40,9 @@ except shardlift.ShardliftError:
     assert _imported_by(statement) == set()
 
 
-@pytest.mark.parametrize("module", ["client.connection", "client.handle", "client.options", "client.instance"])
+@pytest.mark.parametrize(
+    "module", ["client.connection", "client.handle", "client.options", "client.instance", "client.aio"]
+)
 def test_modules_are_light(module: str) -> None:
     assert _imported_by(f"import shardlift.{module}") == set()
 

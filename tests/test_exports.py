@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 
@@ -31,12 +32,14 @@ CONTRACT = {
 
 def test_exported_names() -> None:
     assert set(shardlift.__all__) == {
+        "AsyncClient",
         "AutoModelForCausalLM",
         "BitsAndBytesConfig",
         "Client",
         "ShardliftError",
         "__version__",
         "connect",
+        "connect_async",
     }
     for name in shardlift.__all__:
         assert getattr(shardlift, name) is not None
@@ -63,6 +66,10 @@ def test_from_pretrained_has_the_contract_signature() -> None:
         "connections",
         "part_cache",
         "reserve_tokens",
+        "max_sessions",
+        "max_waiting",
+        "idle_timeout_s",
+        "batching",
         "trace",
         "progress",
         "kwargs",
@@ -75,21 +82,38 @@ def test_auto_model_cannot_be_instantiated() -> None:
         shardlift.AutoModelForCausalLM()
 
 
-def test_connect_takes_address_and_token() -> None:
-    parameters = inspect.signature(shardlift.connect).parameters
-    assert list(parameters)[:2] == ["address", "token"]
+@pytest.mark.parametrize("connect", [shardlift.connect, shardlift.connect_async])
+def test_connect_takes_address_and_token(connect: Any) -> None:
+    parameters = inspect.signature(connect).parameters
+    assert list(parameters) == ["address", "token", "timeout_s", "retry_s"]
 
 
-@pytest.mark.parametrize("name", ["models", "model", "plan", "load", "unload", "close"])
-def test_client_methods(name: str) -> None:
-    assert callable(getattr(shardlift.Client, name))
+@pytest.mark.parametrize("client", [shardlift.Client, shardlift.AsyncClient])
+@pytest.mark.parametrize("name", ["models", "infos", "model", "plan", "load", "unload", "close"])
+def test_client_methods(name: str, client: type) -> None:
+    assert callable(getattr(client, name))
+
+
+def test_both_clients_and_both_handles_can_do_the_same() -> None:
+    from shardlift.client.async_handle import AsyncRemoteModel
+    from shardlift.client.handle import RemoteModel
+
+    def public(cls: type) -> set[str]:
+        return {name for name in dir(cls) if not name.startswith("_")}
+
+    assert public(shardlift.AsyncClient) == public(shardlift.Client)
+    assert public(RemoteModel) - public(AsyncRemoteModel) == {"session"}
+    assert public(AsyncRemoteModel) <= public(RemoteModel)
+    for name in ("generate", "stream", "forward"):
+        ours, theirs = (inspect.signature(getattr(cls, name)) for cls in (AsyncRemoteModel, RemoteModel))
+        assert list(ours.parameters) == list(theirs.parameters)
 
 
 @pytest.mark.parametrize(
     "name",
     [
         *("generate", "__call__", "config", "generation_config", "address", "dtype", "device"),
-        *("hf_device_map", "get_memory_footprint", "residency", "unload"),
+        *("hf_device_map", "get_memory_footprint", "residency", "unload", "stream", "stream_text", "session"),
     ],
 )
 def test_handle_attributes(name: str) -> None:

@@ -109,24 +109,6 @@ def test_a_new_controller_finds_the_models(model: RemoteModel, cluster: RunningC
         assert found.get_memory_footprint() == footprint
 
 
-def test_a_killed_worker_is_told_of_and_its_model_can_be_loaded_again(
-    model: RemoteModel, cluster: RunningCluster, folder: Path
-) -> None:
-    expected = model.generate(IDS, max_new_tokens=8, do_sample=False)
-    running = model.stream(IDS, max_new_tokens=50_000)
-    next(running)
-    os.kill(cluster.pid(cluster.stage_workers()[1]), signal.SIGKILL)
-    with pytest.raises(errors.ModelUnavailableError):
-        drain(running)
-    eventually(lambda: model.info().state == "unavailable", "nobody noticed")
-    with pytest.raises(errors.ModelUnavailableError):
-        model.generate(IDS, max_new_tokens=8)
-    model.unload()
-    with shardlift.connect(cluster.gateway) as client:
-        again = client.load(str(folder), name="interrupted", num_stages=3)
-        assert torch.equal(again.generate(IDS, max_new_tokens=8, do_sample=False), expected)
-
-
 def test_unloading_ends_generations_with_a_reason(model: RemoteModel, cluster: RunningCluster) -> None:
     running = model.stream(IDS, max_new_tokens=50_000)
     next(running)

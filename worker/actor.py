@@ -71,6 +71,8 @@ class StageWorker:
         from .part_cache import PartCache
         from .service import StageServer
         from .timeline import bottleneck
+        from .tokenizer import LazyTokenizer
+        from .trial import try_batches
 
         started = time.monotonic()
         try:
@@ -86,7 +88,15 @@ class StageWorker:
                 # Weights on a GPU stay as they are: they are written while the stage serves.
                 self._keeping = threading.Thread(target=_keep, args=(loaded.keep,), name="keep", daemon=True)
                 self._keeping.start()
-            self._server = StageServer(loaded.stage, secret=self._spec.secret)
+            self._server = StageServer(
+                loaded.stage,
+                secret=self._spec.secret,
+                num_stages=self._spec.num_stages,
+                limits=self._spec.limits,
+                tokenizer=LazyTokenizer(self._spec.source, token).get,
+            )
+            if self._spec.use_batches:
+                await self._server.pipeline.run("", lambda: try_batches(loaded.stage))
             address = await self._server.start(ray.util.get_node_ip_address())
         except Exception as error:
             ours = to_error(error)
@@ -105,6 +115,7 @@ class StageWorker:
             link=loaded.link,
             bottleneck=bottleneck(phases),
             connections=self._spec.connections,
+            pid=os.getpid(),
         )
         return self._report
 
@@ -128,7 +139,7 @@ class StageWorker:
     async def describe(self) -> tuple[dict[str, Any], bytes, LoadReport | None, bool]:
         """Spec (without its records), card, report, and whether the stage serves in a closed ring."""
         spec = self._spec.to_json()
-        del spec["records"], spec["versions"]
+        del spec["records"]
         return spec, self._card, self._report, self._joined
 
     async def set_card(self, card: bytes) -> None:

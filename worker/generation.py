@@ -9,7 +9,7 @@ Shapes: B rows, T new tokens, L tokens so far, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ class Decoding:
     """The state of one `generate` request between its forward passes. Synchronous; needs no lock of its own.
 
     Use: run each of `prefill()` and feed the last one's logits to `advance`; until that says finished, run
-    `next_forward()` and feed its logits to `advance`.
+    `next_forward()` and feed its logits to `advance`. To go on where another one was interrupted, `accept` its tokens.
     """
 
     def __init__(
@@ -96,8 +96,12 @@ class Decoding:
         seed: int | None,
         output_logits: bool = False,
         output_scores: bool = False,
+        past: int = 0,
+        tokenizer: Callable[[], Any] | None = None,
     ) -> None:
         """`input_ids` and `attention_mask`: int64 [rows, length]; `fields`: of GenerationConfig, as a user gives them.
+
+        past: so many of the first positions are cached already. tokenizer: gives the one that stop strings need.
 
         Raises InvalidRequestError for what transformers refuses, and for decoding methods other than greedy search
         and sampling.
@@ -114,6 +118,10 @@ class Decoding:
         arguments["cache_implementation"] = None
         if attention_mask is not None:
             arguments["attention_mask"] = attention_mask.to(device)
+        if arguments.get("stop_strings") or (tokenizer and getattr(model.generation_config, "stop_strings", None)):
+            if tokenizer is None:
+                raise InvalidRequestError("stop_strings need the checkpoint's tokenizer, which isn't at hand here")
+            arguments["tokenizer"] = tokenizer()
         try:
             with torch.inference_mode():
                 prepared = model.generate(input_ids.to(device), custom_generate=_Prepared, **arguments)
@@ -122,6 +130,7 @@ class Decoding:
         assert isinstance(prepared, _Prepared)
         self._model = model
         self._input_ids = prepared.input_ids
+        self._past = past
         self._processors = prepared.logits_processor
         self._criteria = prepared.stopping_criteria
         self._config = prepared.generation_config
@@ -155,6 +164,15 @@ class Decoding:
         return self._use_cache
 
     @property
+    def max_length(self) -> int:
+        """The most tokens that a row can come to, the prompt's included."""
+        return int(self._config.max_length)
+
+    @property
+    def finished(self) -> bool:
+        return not bool(self._unfinished.max())
+
+    @property
     def new_tokens(self) -> int:
         return self._input_ids.shape[1] - self.prompt_tokens
 
@@ -165,15 +183,14 @@ class Decoding:
 
     def prefill(self) -> list[Forward]:
         """The prompt's passes: one, or several with `prefill_chunk_size`."""
-        chunk = self._config.prefill_chunk_size
         length = self._input_ids.shape[1]
-        if chunk is None or chunk >= length:
-            return [self._forward(self._input_ids, None, None, first=True)]
-        if not self._use_cache:
+        chunk = self._config.prefill_chunk_size or length
+        if chunk < length - self._past and not self._use_cache:
             raise InvalidRequestError("prefill_chunk_size needs use_cache=True")
-        kwargs, forwards = dict(self._kwargs), []
-        for start in range(0, length, chunk):
+        forwards = []
+        for start in range(self._past, length, chunk):
             end = min(start + chunk, length)
+            kwargs = dict(self._kwargs)
             for name in ("attention_mask", "position_ids"):
                 if kwargs.get(name) is not None:
                     whole = self._kwargs[name]
@@ -181,10 +198,23 @@ class Decoding:
             forwards.append(self._forward(self._input_ids[:, start:end], None, None, first=start == 0, kwargs=kwargs))
         return forwards
 
-    def next_forward(self, cache: Any) -> Forward:
-        """The pass for the tokens that `advance` chose. `cache`: this stage's, which knows the past's length."""
-        length = 1 if self._use_cache else None
-        return self._forward(self._input_ids, length, cache, first=False)
+    def next_forward(self, cache: Any, tokens: int = 1) -> Forward:
+        """The pass for the last `tokens` tokens that were chosen. `cache`: this stage's, which knows the past's
+        length."""
+        return self._forward(self._input_ids, tokens if self._use_cache else None, cache, first=False)
+
+    def accept(self, tokens: torch.Tensor) -> None:
+        """Takes the tokens [rows] of a step that was made before, as `advance` would have chosen them."""
+        with torch.inference_mode():
+            tokens = tokens.to(self._input_ids.device)
+            if self._random is not None:
+                # As many numbers as the choice took.
+                shape = (self._input_ids.shape[0], self._model.config.get_text_config(decoder=True).vocab_size)
+                even = torch.ones(shape, dtype=torch.float32, device=tokens.device)
+                torch.multinomial(even, num_samples=1, generator=self._random)
+            outputs = CausalLMOutputWithPast(logits=None)
+            self._kwargs = self._model._update_model_kwargs_for_generation(outputs, self._kwargs)
+            self._append(tokens)
 
     def _forward(
         self,
@@ -239,14 +269,17 @@ class Decoding:
                 tokens = torch.argmax(scores, dim=-1)
             if self._has_eos:
                 tokens = tokens * self._unfinished + self._config._pad_token_tensor * (1 - self._unfinished)
-            self._input_ids = torch.cat([self._input_ids, tokens[:, None]], dim=-1)
-            self._unfinished = self._unfinished & ~self._criteria(self._input_ids, None)
+            self._append(tokens)
             return DecodedStep(
                 tokens=tokens.tolist(),
-                finished=not bool(self._unfinished.max()),
+                finished=self.finished,
                 logits=raw if self._output_logits else None,
                 scores=scores if self._output_scores else None,
             )
+
+    def _append(self, tokens: torch.Tensor) -> None:
+        self._input_ids = torch.cat([self._input_ids, tokens[:, None]], dim=-1)
+        self._unfinished = self._unfinished & ~self._criteria(self._input_ids, None)
 
 
 # What transformers raises for arguments that make no sense, sometimes only where they are used.

@@ -29,12 +29,24 @@ class _ElsewhereLayer(DynamicLayer):
     def advance(self, tokens: int) -> None:
         self.length += tokens
 
+    def crop(self, tokens_to_remove: int) -> None:
+        self.length -= abs(tokens_to_remove)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        pass
+
 
 class _ElsewhereSlidingLayer(DynamicSlidingWindowLayer):
     """The same for a layer with a sliding window."""
 
     def advance(self, tokens: int) -> None:
         self.cumulative_length += tokens
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.cumulative_length -= abs(tokens_to_remove)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        pass
 
 
 class _ElsewhereLinearLayer(LinearAttentionLayer):
@@ -44,25 +56,75 @@ class _ElsewhereLinearLayer(LinearAttentionLayer):
         self.has_previous_state: dict[int, bool] = dict.fromkeys(range(self.number_of_states), True)
 
 
+class _ElsewhereNothing(DummyLayer):
+    """The same for a layer that keeps nothing anywhere."""
+
+    def advance(self, tokens: int) -> None:
+        pass
+
+
 class StageCache:
     """`cache` is what a model's forward takes as `past_key_values`; call `advance` after each forward."""
 
     def __init__(self, config: PreTrainedConfig, cut: Cut) -> None:
-        self.cache = DynamicCache(config=config.get_text_config(decoder=True))
+        self._config = config.get_text_config(decoder=True)
+        self.cache = DynamicCache(config=self._config)
         assert len(self.cache.layers) == cut.num_layers, (len(self.cache.layers), cut.num_layers)
         self._elsewhere: list[Any] = []
         for index, layer in enumerate(self.cache.layers):
-            if cut.first <= index < cut.end or isinstance(layer, DummyLayer):  # which keeps nothing anywhere
+            if cut.first <= index < cut.end:
                 continue
             self._elsewhere.append(_elsewhere(layer))
             self.cache.layers[index] = self._elsewhere[-1]
         self.length = 0
+
+    def shape_after(self, tokens: int) -> DynamicCache:
+        """What the cache will look like to whoever makes a mask, `tokens` positions from now. Holds nothing."""
+        cache = DynamicCache(config=self._config)
+        cache.layers = [_elsewhere(layer) for layer in cache.layers]
+        for layer in cache.layers:
+            layer.advance(self.length + tokens)
+        return cache
 
     def advance(self, tokens: int) -> None:
         """Notes that `tokens` positions went through the model."""
         self.length += tokens
         for layer in self._elsewhere:
             layer.advance(tokens)
+
+    def keep(self, length: int) -> None:
+        """Forgets all positions but the first `length`; only where `can_keep` says so."""
+        assert self.can_keep(length)
+        if length < self.length:
+            for layer in self.cache.layers:
+                layer.crop(length - self.length)
+            self.length = length
+
+    def can_keep(self, length: int) -> bool:
+        """Whether `keep` is possible. A window that has moved on has lost what it would have to hold again, and a state
+        what it was.
+
+        The same on every stage: layers of other stages count too.
+        """
+        if length >= self.length:
+            return True
+        if any(isinstance(layer, LinearAttentionLayer) for layer in self.cache.layers):
+            return False
+        windows = [layer.sliding_window for layer in self.cache.layers if getattr(layer, "is_sliding", False)]
+        return self.length < min(windows, default=self.length + 1)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Row i becomes what row rows[i] was."""
+        for layer in self.cache.layers:
+            if isinstance(layer, LinearAttentionLayer):
+                layer.reorder_cache(rows)
+            elif layer.is_initialized or layer in self._elsewhere:
+                layer.batch_select_indices(rows)
+
+    @property
+    def held(self) -> list[Any]:
+        """This stage's own layers of the cache."""
+        return [layer for layer in self.cache.layers if layer not in self._elsewhere]
 
     @property
     def size_bytes(self) -> int:
@@ -86,4 +148,6 @@ def _elsewhere(layer: Any) -> Any:
         return _ElsewhereSlidingLayer(sliding_window=layer.sliding_window)
     if type(layer) is LinearAttentionLayer:
         return _ElsewhereLinearLayer(number_of_states=layer.number_of_states)
+    if type(layer) is DummyLayer:
+        return _ElsewhereNothing()
     raise UnsupportedModelError(f"a pipeline can't yet keep a cache layer of kind {type(layer).__name__}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -17,10 +17,16 @@ import grpc.aio
 from ..proto.v1 import stage_pb2, stage_pb2_grpc
 from ..proto.v1.errors import ModelUnavailableError, ShardliftError, one_line
 from ..proto.v1.status import from_reason
-from ..proto.v1.wire import STAGE_CHANNEL_OPTIONS
+from ..proto.v1.tensor_pb2 import Tensor
+from ..proto.v1.wire import FRAME_BYTES, STAGE_CHANNEL_OPTIONS
 
 # A neighbour that doesn't take a connection within this time is called unreachable.
 CONNECT_TIMEOUT_S = 5.0
+# Steps in one message, of about 20 bytes and their input each.
+_MOST_GROUPED = 256
+
+# A step with the rest of its input's bytes, or (without a key) a session's end.
+_Item = tuple["StepKey | None", "stage_pb2.Step | stage_pb2.SessionEnd", Sequence[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +63,7 @@ class Link:
         self._metadata = metadata
         self._on_failure = on_failure
         # What is to be written; each session has one step under way, which bounds it.
-        self._outbox: asyncio.Queue[tuple[StepKey | None, Sequence[stage_pb2.StepRequest]]] = asyncio.Queue()
+        self._outbox: asyncio.Queue[_Item] = asyncio.Queue()
         self._latest: dict[str, StepKey] = {}
         self._channel: grpc.aio.Channel | None = None
         self._call: grpc.aio.StreamStreamCall | None = None
@@ -66,19 +72,21 @@ class Link:
         self._writer = asyncio.create_task(self._write())
 
     def send(self, step: stage_pb2.Step, rest: Sequence[bytes]) -> None:
-        """Has a step sent; that it can't be is told to `on_failure`."""
+        """Has a step sent; that it can't be is told to `on_failure`.
+
+        Single-token steps that wait together go as one group, so that the next stage computes them together.
+        """
         key = StepKey.of(step.key)
         if self._closed:
             self._on_failure(key, ModelUnavailableError(f"the link to the stage at {self.address} is closed"))
             return
         self._latest[key.session] = key
-        frames = [stage_pb2.StepRequest(step=step), *(stage_pb2.StepRequest(more=frame) for frame in rest)]
-        self._outbox.put_nowait((key, frames))
+        self._outbox.put_nowait((key, step, rest))
 
     def end_session(self, session: str) -> None:
         """Tells the stages beyond to forget a session. Where the link is down, they already have."""
         if self._latest.pop(session, None) is not None and not self._closed:
-            self._outbox.put_nowait((None, [stage_pb2.StepRequest(end=stage_pb2.SessionEnd(session=session))]))
+            self._outbox.put_nowait((None, stage_pb2.SessionEnd(session=session), ()))
 
     async def close(self) -> None:
         """Ends the stream; steps under way fail."""
@@ -93,22 +101,23 @@ class Link:
 
     async def _write(self) -> None:
         while True:
-            key, frames = await self._outbox.get()
-            if key is None and (self._call is None or self._call.done()):
-                continue
+            items = [await self._outbox.get()]
+            while _is_single(items[-1]) and not self._outbox.empty() and len(items) < _MOST_GROUPED:
+                items.append(self._outbox.get_nowait())
             call: grpc.aio.StreamStreamCall | None = None
+            keys = [key for key, _, _ in items if key is not None]
             try:
                 if self._call is not None and self._call.done():
-                    # Its end hasn't been seen yet. This step was not under way; those that were are lost.
-                    if key is not None:
-                        self._latest.pop(key.session, None)
+                    # Its end hasn't been seen yet. These steps were not under way; those that were are lost.
+                    still = [key for key in keys if self._latest.pop(key.session, None) is not None]
                     self._break("it ended the stream")
-                    if key is not None:
-                        self._latest[key.session] = key
+                    self._latest.update((key.session, key) for key in still)
+                if not keys and self._call is None:
+                    continue
                 call = await self._opened()
-                if key is not None and self._latest.get(key.session) != key:
-                    continue  # its session has ended, or failed, meanwhile
-                for frame in frames:
+                # Sessions may have ended, or failed, meanwhile.
+                items = [item for item in items if item[0] is None or self._latest.get(item[0].session) == item[0]]
+                for frame in _frames(items):
                     await call.write(frame)
             except asyncio.CancelledError:
                 # Our own end, or that of the call under our hands.
@@ -158,6 +167,59 @@ class Link:
         lost, self._latest = list(self._latest.values()), {}
         for key in lost:
             self._on_failure(key, ModelUnavailableError(f"the stage at {self.address} can't be reached: {reason}"))
+
+
+def _is_single(item: _Item) -> bool:
+    """Whether it is a single-token step, which may go in a group with others."""
+    step = item[1]
+    return isinstance(step, stage_pb2.Step) and not item[2] and list(step.input.shape[1:2]) == [1]
+
+
+def _frames(items: Sequence[_Item]) -> Iterator[stage_pb2.StepRequest]:
+    """The messages of `items`, in their order."""
+    together: list[stage_pb2.Step] = []
+    for item in [*items, None]:
+        if item is not None and _is_single(item):
+            step = item[1]
+            assert isinstance(step, stage_pb2.Step)
+            size = sum(len(one.input.data) for one in together) + len(step.input.data)
+            if not together or (_is_alike(step, together[0]) and size <= FRAME_BYTES):
+                together.append(step)
+                continue
+            yield _group(together)
+            together = [step]
+            continue
+        if together:
+            yield _group(together)
+            together = []
+        if item is None:
+            return
+        _, what, rest = item
+        if isinstance(what, stage_pb2.SessionEnd):
+            yield stage_pb2.StepRequest(end=what)
+        else:
+            yield stage_pb2.StepRequest(step=what)
+            for frame in rest:
+                yield stage_pb2.StepRequest(more=frame)
+
+
+def _is_alike(step: stage_pb2.Step, other: stage_pb2.Step) -> bool:
+    return step.input.dtype == other.input.dtype and step.input.shape[1:] == other.input.shape[1:]
+
+
+def _group(steps: Sequence[stage_pb2.Step]) -> stage_pb2.StepRequest:
+    if len(steps) == 1:
+        return stage_pb2.StepRequest(step=steps[0])
+    shape = [sum(step.input.shape[0] for step in steps), *steps[0].input.shape[1:]]
+    data = b"".join(step.input.data for step in steps)
+    rows = []
+    for step in steps:
+        # Its extents stay, so that the other side can take it apart.
+        step.input.ClearField("data")
+        rows.append(step)
+    return stage_pb2.StepRequest(
+        group=stage_pb2.StepGroup(steps=rows, input=Tensor(shape=shape, dtype=steps[0].input.dtype, data=data))
+    )
 
 
 async def _ready(channel: grpc.aio.Channel) -> None:

@@ -3,47 +3,101 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import uuid
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 import grpc
 import grpc.aio
 import torch
-from google.protobuf.json_format import MessageToDict
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from ..proto.v1 import inference_pb2, inference_pb2_grpc, stage_pb2, stage_pb2_grpc
-from ..proto.v1.errors import AuthenticationError, InternalError, InvalidRequestError, ShardliftError
+from ..proto.v1.errors import (
+    AuthenticationError,
+    InternalError,
+    InvalidRequestError,
+    SessionExpiredError,
+    ShardliftError,
+)
 from ..proto.v1.server import HeaderGuard, abort
 from ..proto.v1.status import code_of, to_error
-from ..proto.v1.tensor_pb2 import Tensor
 from ..proto.v1.wire import STAGE_SERVER_OPTIONS, Assembly
-from .generation import Decoding, Forward
+from .admission import Admission
 from .links import StepKey
 from .pipeline import IncomingStep, StagePipeline
+from .session import RingSession
+from .spec import SessionLimits
 from .stage import ResidentStage, StepInput
-from .tensors import check_ids, from_bytes, from_message, to_frames
+from .tensors import from_bytes, from_message
 
 logger = logging.getLogger(__name__)
 
 SECRET_HEADER = "x-shardlift-stage-secret"
+# What the gateway calls a session, and how often it was begun anew: the names in its steps' keys.
+SESSION_HEADER = "x-shardlift-session"
+EPOCH_HEADER = "x-shardlift-epoch"
+
+# However long a session asks to be kept without a word.
+MOST_IDLE_S = 24 * 3600.0
+
+
+class Sessions:
+    """The sessions of a model, as its last stage lets them in."""
+
+    def __init__(self, pipeline: StagePipeline, limits: SessionLimits, tokenizer: Callable[[], Any] | None) -> None:
+        self.idle_timeout_s = limits.idle_timeout_s
+        self.admission = Admission(
+            max_sessions=limits.max_sessions, max_waiting=limits.max_waiting, kv_tokens=limits.kv_tokens
+        )
+        self._pipeline = pipeline
+        self._tokenizer = tokenizer
+
+    @contextlib.asynccontextmanager
+    async def open(self, context: grpc.aio.ServicerContext) -> AsyncIterator[RingSession]:
+        """A session for the length of a call, once it is its turn. Named by the call's headers, if it has a name."""
+        headers = dict(context.invocation_metadata() or ())
+        ticket = await self.admission.enter()
+        session = RingSession(
+            self._pipeline,
+            ticket,
+            name=str(headers.get(SESSION_HEADER, "")),
+            epoch=int(headers.get(EPOCH_HEADER, 0)),
+            tokenizer=self._tokenizer,
+        )
+        try:
+            yield session
+        finally:
+            session.end()
 
 
 class StageServer:
     """Serves one resident stage on a port of its own until `stop`.
 
-    The stages of a model share `secret`, made anew for each load.
+    The stages of a model share `secret`, made anew for each load. tokenizer: gives the checkpoint's own, for stop
+    strings.
     """
 
-    def __init__(self, stage: ResidentStage, *, secret: str) -> None:
-        self.pipeline = StagePipeline(stage)
+    def __init__(
+        self,
+        stage: ResidentStage,
+        *,
+        secret: str,
+        num_stages: int = 1,
+        limits: SessionLimits | None = None,
+        tokenizer: Callable[[], Any] | None = None,
+    ) -> None:
+        self.pipeline = StagePipeline(stage, num_stages=num_stages)
+        self.sessions = Sessions(self.pipeline, limits or SessionLimits(), tokenizer)
         self._metadata = [(SECRET_HEADER, secret)]
         guard = HeaderGuard(SECRET_HEADER, secret, AuthenticationError("this stage belongs to another model"))
         self._server = grpc.aio.server(interceptors=[guard], options=STAGE_SERVER_OPTIONS)
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined] # missing in grpc-stubs
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         stage_pb2_grpc.add_StageServiceServicer_to_server(_StageService(self.pipeline), self._server)
         if stage.cut.is_last:
-            inference_pb2_grpc.add_InferenceServiceServicer_to_server(_InferenceService(self.pipeline), self._server)
+            inference_pb2_grpc.add_InferenceServiceServicer_to_server(_InferenceService(self.sessions), self._server)
 
     async def start(self, host: str) -> str:
         """Listens on a free port of `host`; gives "host:port"."""
@@ -52,15 +106,20 @@ class StageServer:
         if not port:
             raise InternalError(f"no port of {host} can be listened on")
         await self._server.start()
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         return f"{host}:{port}"
 
     async def join(self, next_address: str) -> None:
-        """Closes the ring: where this stage's results go (the last stage's token ids go to the first)."""
+        """Closes the ring: where this stage's results go (the last stage's token ids go to the first).
+
+        Sessions under way end: a joined ring is a new one.
+        """
         await self.pipeline.join(next_address, self._metadata)
 
     async def stop(self, grace_s: float = 0.5) -> None:
         # The pipeline first: who waits for a step is told why, before the server cuts them off.
         await self.pipeline.close()
+        await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
 
 
@@ -96,205 +155,126 @@ class _StageService(stage_pb2_grpc.StageServiceServicer):
         requests: AsyncIterator[stage_pb2.StepRequest],
         send_back: Callable[[StepKey, ShardliftError], None],
     ) -> None:
-        tasks: set[asyncio.Task[None]] = set()
         head: stage_pb2.Step | None = None
         assembly: Assembly | None = None
-        try:
-            async for request in requests:
-                kind = request.WhichOneof("frame")
-                if kind == "end":
-                    self._pipeline.end_session(request.end.session)
-                    continue
-                if kind == "step":
-                    if assembly is not None:
-                        raise InvalidRequestError("a step began before the one before it was whole")
-                    head, assembly = request.step, Assembly(request.step.input)
-                elif assembly is None:
-                    raise InvalidRequestError("tensor bytes that belong to no step")
-                else:
-                    assembly.add(request.more)
-                if head is not None and assembly is not None and assembly.complete:
-                    step = _incoming(head, assembly)
-                    head = assembly = None
-                    if self._pipeline.stage.cut.is_last:
-                        self._pipeline.arrive(step)
-                    else:
-                        task = asyncio.create_task(self._pipeline.pass_on(step, send_back))
-                        tasks.add(task)
-                        task.add_done_callback(tasks.discard)
-        finally:
-            for task in tasks:
-                task.cancel()
+        take = self._pipeline.arrive if self._pipeline.stage.cut.is_last else self._take(send_back)
+        async for request in requests:
+            kind = request.WhichOneof("frame")
+            if kind == "end":
+                self._pipeline.end_session(request.end.session)
+                continue
+            if kind in ("step", "group") and assembly is not None:
+                raise InvalidRequestError("a step began before the one before it was whole")
+            if kind == "group":
+                take(_apart(request.group))
+                continue
+            if kind == "step":
+                head, assembly = request.step, Assembly(request.step.input)
+            elif assembly is None:
+                raise InvalidRequestError("tensor bytes that belong to no step")
+            else:
+                assembly.add(request.more)
+            if head is not None and assembly is not None and assembly.complete:
+                take([_incoming(head, from_bytes(assembly.shape, assembly.dtype, assembly.data))])
+                head = assembly = None
+
+    def _take(self, send_back: Callable[[StepKey, ShardliftError], None]) -> Callable[[Sequence[IncomingStep]], None]:
+        return lambda steps: self._pipeline.pass_on(steps, send_back)
 
 
-def _incoming(head: stage_pb2.Step, assembly: Assembly) -> IncomingStep:
+def _apart(group: stage_pb2.StepGroup) -> list[IncomingStep]:
+    """A group's steps. Raises InvalidRequestError where their rows are not those of the input."""
+    rows = [step.input.shape[0] if step.input.shape else 0 for step in group.steps]
+    whole = from_message(group.input)
+    if not rows or min(rows) < 1 or sum(rows) != whole.shape[0]:
+        raise InvalidRequestError(f"a group of {whole.shape[0]} rows whose steps have {rows}")
+    return [_incoming(step, part) for step, part in zip(group.steps, whole.split(rows), strict=True)]
+
+
+def _incoming(head: stage_pb2.Step, tensor: torch.Tensor) -> IncomingStep:
     return IncomingStep(
         key=StepKey.of(head.key),
         input=StepInput(
-            input=from_bytes(assembly.shape, assembly.dtype, assembly.data),
+            input=tensor,
             attention_mask=from_message(head.attention_mask) if head.HasField("attention_mask") else None,
             position_ids=from_message(head.position_ids).long(),
             use_cache=head.use_cache,
+            one_by_one=head.one_by_one,
         ),
         reset_cache=head.reset_cache,
+        keep=head.keep if head.HasField("keep") else None,
+        rows=tuple(head.rows),
     )
 
 
 class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
-    def __init__(self, pipeline: StagePipeline) -> None:
-        self._pipeline = pipeline
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        session = _Session(self._pipeline)
         try:
-            async for response in _generate(self._pipeline, session, request):
-                yield response
+            async with self._sessions.open(context) as session:
+                async for response in session.generate(request):
+                    yield response
         except Exception as error:
             await _abort(context, error)
-        finally:
-            session.end()
 
     async def Forward(
         self, request_iterator: AsyncIterator[inference_pb2.ForwardRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[inference_pb2.ForwardResponse]:
-        session = _Session(self._pipeline)
-        past, batch = 0, 0
         try:
-            async for request in request_iterator:
-                step = _forward_step(request, past, self._pipeline.stage)
-                if past and (step.input.shape[0] != batch or not step.use_cache):
-                    raise InvalidRequestError(
-                        f"this session keeps {past} tokens of {batch} rows: its passes need as many rows, and use_cache"
-                    )
-                batch = step.input.shape[0]
-                forward = Forward(
-                    input=step, logits_to_keep=request.logits_to_keep, reset_cache=step.use_cache and not past
-                )
-                logits = await session.forward(forward)
-                past += step.input.shape[1] if step.use_cache else 0
-                head, rest = await self._pipeline.run(lambda passed=logits: to_frames(passed))  # type: ignore[misc]
-                yield inference_pb2.ForwardResponse(logits=head)
-                for frame in rest:
-                    yield inference_pb2.ForwardResponse(more=frame)
+            async with self._sessions.open(context) as session:
+                async for request in request_iterator:
+                    async for response in session.answer(request, cached=request.use_cache):
+                        yield response
         except Exception as error:
             await _abort(context, error)
-        finally:
-            session.end()
+
+    async def Session(
+        self, request_iterator: AsyncIterator[inference_pb2.SessionRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[inference_pb2.SessionResponse]:
+        try:
+            async with self._sessions.open(context) as session:
+                idle_s = 0.0
+                requests = aiter(request_iterator)
+                while (request := await self._next(requests, idle_s)) is not None:
+                    idle_s = idle_s or request.idle_timeout_s
+                    async for response in _act(session, request):
+                        yield response
+                    done = inference_pb2.SessionState(length=session.length, rows=session.rows)
+                    yield inference_pb2.SessionResponse(done=done)
+        except Exception as error:
+            await _abort(context, error)
+
+    async def _next(
+        self, requests: AsyncIterator[inference_pb2.SessionRequest], idle_s: float
+    ) -> inference_pb2.SessionRequest | None:
+        limit_s = min(idle_s or self._sessions.idle_timeout_s, MOST_IDLE_S)
+        try:
+            return await asyncio.wait_for(anext(requests, None), limit_s)
+        except (asyncio.TimeoutError, TimeoutError):
+            raise SessionExpiredError(
+                f"nothing came for this session in {limit_s:g} s, its idle time: its keys and values are freed; begin "
+                "a new one"
+            ) from None
 
 
-class _Session:
-    """One sequence batch's passes through the ring, numbered."""
-
-    def __init__(self, pipeline: StagePipeline) -> None:
-        self._pipeline = pipeline
-        self._name = uuid.uuid4().hex
-        self._number = 0
-
-    async def forward(self, forward: Forward) -> torch.Tensor:
-        key = StepKey(self._name, 0, self._number)
-        self._number += 1
-        return await self._pipeline.forward(
-            key, forward.input, reset_cache=forward.reset_cache, logits_to_keep=forward.logits_to_keep
-        )
-
-    @property
-    def cache(self) -> object:
-        """This stage's cache as transformers sees it, or None."""
-        cache = self._pipeline.cache(self._name)
-        return None if cache is None else cache.cache
-
-    def end(self) -> None:
-        self._pipeline.finish_session(self._name)
-
-
-async def _generate(
-    pipeline: StagePipeline, session: _Session, request: inference_pb2.GenerateRequest
-) -> AsyncIterator[inference_pb2.GenerateResponse]:
-    input_ids = check_ids("input_ids", from_message(request.input_ids))
-    attention_mask = _mask(request.attention_mask) if request.HasField("attention_mask") else None
-    model = pipeline.stage.model
-    decoding = await pipeline.run(
-        lambda: Decoding(
-            model,
-            input_ids,
-            attention_mask,
-            MessageToDict(request.generation),
-            seed=request.seed if request.HasField("seed") else None,
-            output_logits=request.output_logits,
-            output_scores=request.output_scores,
-        )
-    )
-    yield inference_pb2.GenerateResponse(
-        accepted=inference_pb2.PromptAccepted(batch=decoding.rows, prompt_tokens=decoding.prompt_tokens)
-    )
-    for forward in await pipeline.run(decoding.prefill):
-        logits = await session.forward(forward)
-    while True:
-        step = await pipeline.run(lambda passed=logits: _advance(decoding, passed, session))  # type: ignore[misc]
-        for response in step.responses:
-            yield response
-        if step.next is None:
-            break
-        logits = await session.forward(step.next)
-    yield inference_pb2.GenerateResponse(
-        finished=inference_pb2.GenerationFinished(
-            new_tokens=decoding.new_tokens, reason="stop" if decoding.stopped_early else "length"
-        )
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Advanced:
-    """What to tell of a step, and the next pass, if there is one."""
-
-    responses: list[inference_pb2.GenerateResponse]
-    next: Forward | None
-
-
-def _advance(decoding: Decoding, logits: torch.Tensor, session: _Session) -> _Advanced:
-    """Chooses the next tokens and prepares their pass, in one turn on the computing thread.
-
-    The bytes of tensors that don't fit one message follow it, the logits' first.
-    """
-    step = decoding.advance(logits)
-    message = inference_pb2.GeneratedStep(token_ids=step.tokens)
-    later: list[inference_pb2.GenerateResponse] = []
-    for tensor, field in ((step.logits, message.logits), (step.scores, message.scores)):
-        if tensor is not None:
-            head, rest = to_frames(tensor)
-            field.CopyFrom(head)
-            later += [inference_pb2.GenerateResponse(more=frame) for frame in rest]
-    return _Advanced(
-        responses=[inference_pb2.GenerateResponse(step=message), *later],
-        next=None if step.finished else decoding.next_forward(session.cache),
-    )
-
-
-def _forward_step(request: inference_pb2.ForwardRequest, past: int, stage: ResidentStage) -> StepInput:
-    input_ids = check_ids("input_ids", from_message(request.input_ids))
-    batch, length = input_ids.shape
-    attention_mask = _mask(request.attention_mask) if request.HasField("attention_mask") else None
-    if attention_mask is not None and tuple(attention_mask.shape) != (batch, past + length):
-        raise InvalidRequestError(
-            f"attention_mask has shape {list(attention_mask.shape)}; past and new tokens need {[batch, past + length]}"
-        )
-    if request.HasField("position_ids"):
-        position_ids = check_ids("position_ids", from_message(request.position_ids))
-        if position_ids.shape[1] != length or position_ids.shape[0] not in (1, batch):
-            raise InvalidRequestError(
-                f"position_ids has shape {list(position_ids.shape)}; the new tokens need {[batch, length]}"
-            )
-    else:
-        position_ids = stage.positions(attention_mask, past, length)
-    return StepInput(
-        input=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=request.use_cache
-    )
-
-
-def _mask(message: Tensor) -> torch.Tensor:
-    return check_ids("attention_mask", from_message(message))
+async def _act(
+    session: RingSession, request: inference_pb2.SessionRequest
+) -> AsyncIterator[inference_pb2.SessionResponse]:
+    if request.HasField("keep"):
+        await session.keep(request.keep)
+    if request.rows:
+        session.select_rows(tuple(request.rows))
+    match request.WhichOneof("action"):
+        case "forward":
+            async for passed in session.answer(request.forward, cached=True):
+                yield inference_pb2.SessionResponse(forward=passed)
+        case "generate":
+            async for generated in session.generate(request.generate):
+                yield inference_pb2.SessionResponse(generate=generated)
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> None:

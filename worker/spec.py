@@ -15,6 +15,21 @@ from .timeline import Phase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SessionLimits:
+    """What a model's last stage lets in.
+
+    max_sessions run at a time, max_waiting wait for their turn. kv_tokens: tokens of all sessions together whose keys
+    and values have room on every stage; 0 for no limit. idle_timeout_s: after which a session ends that nothing comes
+    for.
+    """
+
+    max_sessions: int = 64
+    max_waiting: int = 256
+    kv_tokens: int = 0
+    idle_timeout_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageSpec:
     """One stage of one load.
 
@@ -25,6 +40,7 @@ class StageSpec:
     budget_bytes: memory for checkpoint bytes that are fetched but not yet converted.
     quantize_experts: as for `skeleton.build_skeleton`.
     connections: reads at a time. use_cache: read and keep quantized parts on the node. trace: keep every span's times.
+    limits: for sessions. use_batches: compute single-token steps of several sessions together.
     """
 
     model: str
@@ -47,6 +63,8 @@ class StageSpec:
     use_cache: bool = True
     trace: bool = False
     quantize_experts: bool = False
+    limits: SessionLimits = SessionLimits()
+    use_batches: bool = True
 
     @property
     def fetch_bytes(self) -> int:
@@ -60,6 +78,7 @@ class StageSpec:
     def from_json(cls, value: Mapping[str, Any]) -> StageSpec:
         fields = dict(value)
         fields["cut"] = Cut(**fields["cut"])
+        fields["limits"] = SessionLimits(**fields["limits"])
         fields["source"] = SourceSpec(**fields["source"])
         fields["records"] = tuple(
             TensorRecord(**{**record, "shape": tuple(record["shape"])}) for record in fields["records"]
@@ -88,7 +107,7 @@ class LoadReport:
 
     fetched_bytes: read from the source; 0 for a part that came from the node's cache, of which `cached_bytes` were
     read. link: what the bytes came over. bottleneck: the phase (`worker.timeline`) that the load waited for most.
-    connections: reads at a time; "fetch" sums their seconds.
+    connections: reads at a time; "fetch" sums their seconds. pid: of the worker's process.
     """
 
     address: str
@@ -100,6 +119,7 @@ class LoadReport:
     link: str
     bottleneck: str
     connections: int
+    pid: int = 0
 
     @property
     def measured_bytes(self) -> int:

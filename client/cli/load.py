@@ -9,6 +9,8 @@ import click
 from ..render import LoadProgress, show_model
 from .common import as_json, checkpoint, checkpoint_arguments, gateway, open_client, print_json
 
+_AS_GIVEN = ("staging_budget", "connections", "max_sessions", "max_waiting", "idle_timeout_s", "trace")
+
 
 @click.command()
 @click.argument("path")
@@ -17,6 +19,16 @@ from .common import as_json, checkpoint, checkpoint_arguments, gateway, open_cli
 @click.option("--staging-budget", help="Memory of each worker for bytes on their way. [default: 512MiB]")
 @click.option("--connections", type=click.IntRange(min=1), help="Reads at a time of each worker. [default: 4]")
 @click.option("--no-cache", is_flag=True, help="Neither read quantized parts that nodes keep, nor keep new ones.")
+@click.option("--max-sessions", type=click.IntRange(min=1), help="Requests that run at a time. [default: 64]")
+@click.option("--max-waiting", type=click.IntRange(min=1), help="Requests that may wait for their turn. [default: 256]")
+@click.option(
+    "--idle-timeout",
+    "idle_timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="End a session that nothing comes for. [default: 600]",
+)
+@click.option("--no-batching", is_flag=True, help="Compute each request's steps by themselves.")
 @click.option(
     "--trace",
     type=click.Path(dir_okay=False, writable=True),
@@ -31,8 +43,9 @@ def load(path: str, name: str | None, address: str | None, token_file: str | Non
     """
     arguments = {
         **checkpoint_arguments(values),
-        **{key: values[key] for key in ("staging_budget", "connections", "trace") if values[key] is not None},
+        **{key: values[key] for key in _AS_GIVEN if values[key] is not None},
         "part_cache": not values["no_cache"],
+        "batching": not values["no_batching"],
     }
     with open_client(address, token_file, start=True) as client:
         with LoadProgress() as progress:

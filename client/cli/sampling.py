@@ -11,7 +11,7 @@ from .common import Command
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
-_FIELDS = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k")
+_FIELDS = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def sampling(command: Command) -> Command:
@@ -22,6 +22,13 @@ def sampling(command: Command) -> Command:
         click.option("--temperature", type=float),
         click.option("--top-p", type=float),
         click.option("--top-k", type=click.IntRange(min=0)),
+        click.option("--min-p", type=click.FloatRange(0, 1), help="Least share of the likeliest token's probability."),
+        click.option(
+            "--repetition-penalty",
+            type=click.FloatRange(min=0, min_open=True),
+            help="Above 1: less of what was said already.",
+        ),
+        click.option("--stop", multiple=True, metavar="TEXT", help="End the answer with this text; may be repeated."),
         click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Makes sampling repeatable."),
     ]
     for option in reversed(options):
@@ -32,4 +39,6 @@ def sampling(command: Command) -> Command:
 def sampling_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `RemoteModel.stream`."""
     chosen = {name: values[name] for name in _FIELDS if values.get(name) is not None}
+    if values.get("stop"):
+        chosen["stop_strings"] = list(values["stop"])
     return {**chosen, "seed": values.get("seed")}

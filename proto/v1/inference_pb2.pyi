@@ -89,7 +89,7 @@ class GenerationFinished(_message.Message):
     def __init__(self, new_tokens: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("model", "input_ids", "attention_mask", "position_ids", "logits_to_keep", "use_cache", "without_logits")
+    __slots__ = ("model", "input_ids", "attention_mask", "position_ids", "logits_to_keep", "use_cache", "without_logits", "one_by_one")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUT_IDS_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_MASK_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +97,7 @@ class ForwardRequest(_message.Message):
     LOGITS_TO_KEEP_FIELD_NUMBER: _ClassVar[int]
     USE_CACHE_FIELD_NUMBER: _ClassVar[int]
     WITHOUT_LOGITS_FIELD_NUMBER: _ClassVar[int]
+    ONE_BY_ONE_FIELD_NUMBER: _ClassVar[int]
     model: str
     input_ids: _tensor_pb2.Tensor
     attention_mask: _tensor_pb2.Tensor
@@ -104,7 +105,8 @@ class ForwardRequest(_message.Message):
     logits_to_keep: int
     use_cache: bool
     without_logits: bool
-    def __init__(self, model: _Optional[str] = ..., input_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., attention_mask: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., position_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., logits_to_keep: _Optional[int] = ..., use_cache: _Optional[bool] = ..., without_logits: _Optional[bool] = ...) -> None: ...
+    one_by_one: bool
+    def __init__(self, model: _Optional[str] = ..., input_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., attention_mask: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., position_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., logits_to_keep: _Optional[int] = ..., use_cache: _Optional[bool] = ..., without_logits: _Optional[bool] = ..., one_by_one: _Optional[bool] = ...) -> None: ...
 
 class SessionRequest(_message.Message):
     __slots__ = ("model", "idle_timeout_s", "keep", "rows", "forward", "generate")

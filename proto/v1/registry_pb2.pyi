@@ -295,14 +295,32 @@ class ModelInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., residency: _Optional[_Iterable[_Union[StageResidency, _Mapping]]] = ..., config_json: _Optional[str] = ..., generation_config_json: _Optional[str] = ..., path: _Optional[str] = ..., reason: _Optional[str] = ..., load_seconds: _Optional[float] = ..., recoveries: _Optional[int] = ..., recovery_seconds: _Optional[float] = ...) -> None: ...
 
 class ModelCard(_message.Message):
-    __slots__ = ("info", "source", "options")
+    __slots__ = ("info", "source", "options", "seats")
     INFO_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    SEATS_FIELD_NUMBER: _ClassVar[int]
     info: ModelInfo
     source: ModelSource
     options: LoadOptions
-    def __init__(self, info: _Optional[_Union[ModelInfo, _Mapping]] = ..., source: _Optional[_Union[ModelSource, _Mapping]] = ..., options: _Optional[_Union[LoadOptions, _Mapping]] = ...) -> None: ...
+    seats: _containers.RepeatedCompositeFieldContainer[StageSeat]
+    def __init__(self, info: _Optional[_Union[ModelInfo, _Mapping]] = ..., source: _Optional[_Union[ModelSource, _Mapping]] = ..., options: _Optional[_Union[LoadOptions, _Mapping]] = ..., seats: _Optional[_Iterable[_Union[StageSeat, _Mapping]]] = ...) -> None: ...
+
+class StageSeat(_message.Message):
+    __slots__ = ("placement_group", "bundle", "node", "node_id", "device", "gpus")
+    PLACEMENT_GROUP_FIELD_NUMBER: _ClassVar[int]
+    BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    GPUS_FIELD_NUMBER: _ClassVar[int]
+    placement_group: str
+    bundle: int
+    node: str
+    node_id: str
+    device: str
+    gpus: int
+    def __init__(self, placement_group: _Optional[str] = ..., bundle: _Optional[int] = ..., node: _Optional[str] = ..., node_id: _Optional[str] = ..., device: _Optional[str] = ..., gpus: _Optional[int] = ...) -> None: ...
 
 class StageResidency(_message.Message):
     __slots__ = ("stage", "measured_bytes", "modules", "fetched_bytes", "load")

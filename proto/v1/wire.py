@@ -40,14 +40,14 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
 # Towards stages and between them: a node that vanished without a word is noticed within seconds.
 STAGE_CHANNEL_OPTIONS: list[tuple[str, int]] = [
     *CHANNEL_OPTIONS,
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_time_ms", 3_000),
+    ("grpc.keepalive_timeout_ms", 4_000),
     ("grpc.http2.max_pings_without_data", 0),
 ]
 # What such clients may do without being sent away for too many pings.
 STAGE_SERVER_OPTIONS: list[tuple[str, int]] = [
     *CHANNEL_OPTIONS,
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.keepalive_permit_without_calls", 1),
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from shardlift.proto.v1 import inference_pb2, inference_pb2_grpc
 from shardlift.proto.v1.wire import CHANNEL_OPTIONS, Assembly
 from shardlift.worker.loader import LoadProgress, load_stage
 from shardlift.worker.service import SECRET_HEADER, StageServer
-from shardlift.worker.spec import StageSpec
+from shardlift.worker.spec import SessionLimits, StageSpec
 from shardlift.worker.stage import ResidentStage
 from shardlift.worker.tensors import from_bytes, to_message
+from shardlift.worker.trial import try_batches
 
 SECRET = "the ring's secret"
 
@@ -165,9 +166,22 @@ def load(folder: Path, ends: Sequence[int], **options: Any) -> list[ResidentStag
 
 
 @contextlib.asynccontextmanager
-async def serve(stages: list[ResidentStage]) -> AsyncIterator[Ring]:
+async def serve(
+    stages: list[ResidentStage],
+    *,
+    batches: bool = True,
+    limits: SessionLimits | None = None,
+    tokenizer: Callable[[], Any] | None = None,
+) -> AsyncIterator[Ring]:
     """Serves loaded stages as a closed ring."""
-    servers = [StageServer(stage, secret=SECRET) for stage in stages]
+    servers = [
+        StageServer(stage, secret=SECRET, num_stages=len(stages), limits=limits, tokenizer=tokenizer)
+        for stage in stages
+    ]
+    for server in servers:
+        server.pipeline.stage.can_batch = server.pipeline.stage.is_row_blind = False
+        if batches:
+            await server.pipeline.run("", lambda stage=server.pipeline.stage: try_batches(stage))
     addresses = [await server.start("127.0.0.1") for server in servers]
     for index, server in enumerate(servers):
         await server.join(addresses[(index + 1) % len(addresses)])

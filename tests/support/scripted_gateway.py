@@ -17,7 +17,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 
 from shardlift.proto.v1 import errors, inference_pb2_grpc, registry_pb2_grpc, status, wire
 
-# Takes the request (for Forward an iterator of requests) and the context, and gives or yields the answer.
+# Takes the request (for Forward and Session an iterator of requests) and the context, and gives or yields the answer.
 Script = Callable[[Any, grpc.ServicerContext], Any]
 
 
@@ -117,6 +117,6 @@ class _Servicer:
     def __getattr__(self, method: str) -> Any:
         if method.startswith("_"):
             raise AttributeError(method)
-        if method in ("LoadModel", "Generate", "Forward"):
+        if method in ("LoadModel", "Generate", "Forward", "Session"):
             return lambda request, context: self._gateway.take(method, request, context)
         return lambda request, context: _only(self._gateway.take(method, request, context))

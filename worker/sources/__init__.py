@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...proto.v1.errors import InvalidRequestError
+from ...proto.v1.errors import CorruptCheckpointError, InvalidRequestError
 from ..records import HubToken, SourceSpec
 from .base import Cancel, Source
 from .folder import FolderSource
 from .hub import HubSource
 from .remote import RemoteSource
 
-__all__ = ["Cancel", "FolderSource", "HubSource", "RemoteSource", "Source", "open_source"]
+__all__ = ["Cancel", "FolderSource", "HubSource", "RemoteSource", "Source", "open_source", "read_file"]
 
 
 def open_source(spec: SourceSpec, token: HubToken) -> Source:
@@ -32,3 +32,13 @@ def open_source(spec: SourceSpec, token: HubToken) -> Source:
         case "url":
             return RemoteSource(spec.location, subfolder=spec.subfolder)
     raise InvalidRequestError(f"no source of kind {spec.kind!r}: it is folder, hub or url")
+
+
+def read_file(source: Source, file: str, limit_bytes: int) -> bytes:
+    """A small file, whole. Raises CorruptCheckpointError for one over `limit_bytes`."""
+    version = source.stat(file)
+    if version.size_bytes > limit_bytes:
+        raise CorruptCheckpointError(f"{file} has {version.size_bytes:,} bytes; at most {limit_bytes:,} are read")
+    data = bytearray(version.size_bytes)
+    source.read_into(file, 0, memoryview(data), version)
+    return bytes(data)

@@ -1,0 +1,196 @@
+"""The handle for a resident model, for asyncio: what `RemoteModel` is to code that blocks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..proto.v1 import registry_pb2
+from ..proto.v1.errors import InvalidRequestError
+from . import asking, forward, tensors
+from .async_forward import AsyncRemoteCache, once
+from .async_gateway import AsyncGateway
+from .async_generation import AsyncGeneration
+from .described import DescribedModel
+from .handle import UNLOAD_TIMEOUT_S, new_seed
+from .values import ModelInfo, StageResidency
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig
+    from transformers.generation.streamers import BaseStreamer
+    from transformers.generation.utils import GenerateOutput
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+class AsyncRemoteModel(DescribedModel):
+    """A model that is resident in a cluster. As RemoteModel, with coroutines for what asks the gateway.
+
+    What does not change while a model is resident is known without asking; `await info()` brings it up to date.
+    """
+
+    def __init__(self, gateway: AsyncGateway, name: str, info: ModelInfo | None = None) -> None:
+        super().__init__(name, info)
+        self._gateway = gateway
+
+    def __reduce__(
+        self,
+    ) -> tuple[Callable[[AsyncGateway, str], AsyncRemoteModel], tuple[AsyncGateway, str], dict[str, Any]]:
+        return type(self), (self._gateway, self.name), self._changes()
+
+    @property
+    def address(self) -> str:
+        """The gateway's "host:port"."""
+        return self._gateway.address
+
+    async def info(self) -> ModelInfo:
+        """What the registry knows of the model now. Raises ModelNotFoundError once it is unloaded."""
+        answer = await self._gateway.ask("GetModel", registry_pb2.GetModelRequest(name=self.name))
+        self._cached_info = ModelInfo.from_proto(answer.model)
+        return self._cached_info
+
+    def _known(self, *, measured: bool = False) -> ModelInfo:
+        info = self._cached_info
+        if info is None or self._lacks(measured=measured):
+            raise InvalidRequestError(f"too little is known of {self.name!r} yet: `await model.info()` first")
+        return info
+
+    async def _learn(self) -> None:
+        if self._lacks(measured=False):
+            await self.info()
+
+    async def residency(self) -> list[StageResidency]:
+        """What each stage holds, as measured: module → dtype, bytes, device."""
+        return list((await self.info()).residency)
+
+    async def unload(self) -> None:
+        """Takes the model out of the cluster. Every handle for it is then useless."""
+        request = registry_pb2.UnloadModelRequest(name=self.name)
+        await self._gateway.ask("UnloadModel", request, timeout_s=UNLOAD_TIMEOUT_S)
+
+    def eval(self) -> AsyncRemoteModel:
+        """Itself: a resident model is always in evaluation mode."""
+        return self
+
+    # Running it
+
+    async def generate(
+        self,
+        inputs: Any = None,
+        generation_config: GenerationConfig | Mapping[str, Any] | None = None,
+        *,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        streamer: BaseStreamer | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> torch.LongTensor | GenerateOutput:
+        """As `RemoteModel.generate`. Cancelling the task ends the generation.
+
+        What the workers don't run by themselves is driven from a thread.
+        """
+        await self._learn()
+        local, others = asking.split(kwargs)
+        ids = self._ids(inputs, input_ids)
+        if self._is_stepwise(generation_config, local, others):
+            from .stepwise import Stop, generate_stepwise
+
+            stop = Stop()
+            try:
+                return await asyncio.to_thread(
+                    generate_stepwise,
+                    self,
+                    self._gateway.blocking,
+                    ids,
+                    generation_config,
+                    {**others, **local},
+                    attention_mask=attention_mask,
+                    streamer=streamer,
+                    seed=seed,
+                    stop=stop,
+                )
+            except asyncio.CancelledError:
+                stop.stop()
+                raise
+        wanted = self._wanted(ids, generation_config, others, attention_mask=attention_mask, seed=seed)
+        from .collected import Collected
+
+        collected = Collected(wanted, streamer)
+        try:
+            async with AsyncGeneration(self._gateway, wanted.request) as running:
+                await running.start()
+                collected.start(running.batch)
+                async for step in running:
+                    collected.add(step)
+        finally:
+            collected.end()
+        return collected.result
+
+    def stream(
+        self,
+        inputs: Any = None,
+        generation_config: GenerationConfig | Mapping[str, Any] | None = None,
+        *,
+        prompt: str | None = None,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        attention_mask: Any = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> AsyncGeneration:
+        """A generation, to iterate over with `async for`: as `RemoteModel.stream`."""
+        return AsyncGeneration(
+            self._gateway,
+            asking.request(
+                self.name,
+                input_ids=None if inputs is None else tensors.integers(inputs, "input_ids"),
+                prompt=prompt,
+                messages=messages,
+                attention_mask=attention_mask,
+                generation=self._fields(generation_config, kwargs),
+                seed=new_seed() if seed is None else seed,
+            ),
+        )
+
+    async def stream_text(self, text: str | Sequence[Mapping[str, str]], **kwargs: Any) -> AsyncIterator[str]:
+        """The answer to a prompt, or to messages ({"role", "content"}), piece by piece as it comes."""
+        source: dict[str, Any] = {"prompt": text} if isinstance(text, str) else {"messages": text}
+        async with self.stream(**source, **kwargs) as running:
+            async for step in running:
+                if step.text:
+                    yield step.text
+
+    async def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: AsyncRemoteCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """One pass, as `RemoteModel.forward`: ids [batch, length] → logits [batch, length, vocabulary]."""
+        if past_key_values is not None and not isinstance(past_key_values, AsyncRemoteCache):
+            raise InvalidRequestError(
+                f"past_key_values is a {type(past_key_values).__name__}: only the AsyncRemoteCache of an earlier pass "
+                "can be"
+            )
+        cached = bool(use_cache) or past_key_values is not None
+        asked = forward.request(
+            self.name,
+            input_ids,
+            attention_mask,
+            position_ids,
+            logits_to_keep=logits_to_keep,
+            use_cache=cached,
+            others=kwargs,
+        )
+        if not cached:
+            return forward.output(await once(self._gateway, asked), None, return_dict)
+        cache = AsyncRemoteCache(self._gateway, self.name) if past_key_values is None else past_key_values
+        assembly = await cache.step(asked)
+        return forward.output(assembly, cache if use_cache is not False else None, return_dict)
+
+    __call__ = forward

@@ -1,0 +1,234 @@
+"""What a handle tells of its model, and the requests that follow from it, whoever carries them. No I/O of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..proto.v1.errors import InvalidRequestError
+from ..proto.v1.tensor_pb2 import Tensor
+from . import asking, tensors
+from .values import ModelInfo, Plan
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig, PreTrainedConfig
+
+    from .collected import Wanted
+
+# Generation modes that the workers run by themselves: every other is driven from here.
+_IN_RING = ("greedy_search", "sample")
+
+
+class DescribedModel:
+    """A model as the registry describes it: the base of both handles."""
+
+    def __init__(self, name: str, info: ModelInfo | None = None) -> None:
+        self.name = name
+        self._cached_info = info
+        self._config: PreTrainedConfig | None = None
+        self._generation_config: GenerationConfig | None = None
+
+    @property
+    def address(self) -> str:
+        """The gateway's "host:port"."""
+        raise NotImplementedError
+
+    def _known(self, *, measured: bool = False) -> ModelInfo:
+        """What does not change while a model is resident; `measured`: with what each stage holds."""
+        raise NotImplementedError
+
+    def _lacks(self, *, measured: bool) -> bool:
+        """Whether what is known is too little for `_known`."""
+        info = self._cached_info
+        return info is None or not info.plan.stages or not info.config_json or (measured and not info.residency)
+
+    def __repr__(self) -> str:
+        info, kind = self._cached_info, type(self).__name__
+        if info is None:
+            return f"{kind}({self.name!r} at {self.address})"
+        stages = len(info.plan.stages)
+        return (
+            f"{kind}({self.name!r} at {self.address}: {info.plan.model}, {info.plan.quantization}, "
+            f"{stages} stage{'' if stages == 1 else 's'}, {info.state})"
+        )
+
+    # What it is and where
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that the model was loaded by."""
+        return self._known().plan
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The model's config, as transformers' class for it."""
+        if self._config is None:
+            from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+            values = json.loads(self._known().config_json or "{}", object_hook=_special_float)
+            kind = values.get("model_type", "")
+            config_class = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PreTrainedConfig  # noqa: SIM401 - its get() imports all
+            self._config = config_class.from_dict(values)
+        return self._config
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The model's defaults for `generate`. Changes to it, or another one in its place, count for this handle."""
+        if self._generation_config is None:
+            self._generation_config = self._own_generation_config()
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig) -> None:
+        self._generation_config = config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the model computes in."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self._known().plan.dtype)
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs and outputs live: the CPU of the calling process."""
+        import torch
+
+        return torch.device("cpu")
+
+    @property
+    def hf_device_map(self) -> dict[str, str]:
+        """From module name to "<node>/<device>"."""
+        return {module: stage.place for stage in self.plan.stages for module in stage.modules}
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes that all stages hold, as measured. Buffers always count."""
+        return sum(stage.measured_bytes for stage in self._known(measured=True).residency)
+
+    def can_generate(self) -> bool:
+        return True
+
+    # What to send
+
+    def _wanted(
+        self,
+        ids: Tensor,
+        generation_config: Any,
+        arguments: Mapping[str, Any],
+        *,
+        attention_mask: Any,
+        seed: int | None,
+        past: int = 0,
+    ) -> Wanted:
+        """The request for ids, with everything that `generate` takes and the workers run by themselves."""
+        from .collected import Wanted
+
+        chosen = self._fields(generation_config, arguments)
+        asking.check_names(chosen)
+        as_dict = bool(self._pop(chosen, "return_dict_in_generate"))
+        with_logits = bool(self._pop(chosen, "output_logits")) and as_dict
+        with_scores = bool(self._pop(chosen, "output_scores")) and as_dict
+        for name in ("output_attentions", "output_hidden_states"):
+            if chosen.pop(name, None):
+                raise InvalidRequestError(f"{name} is not available: it stays on the workers")
+        return Wanted(
+            request=asking.request(
+                self.name,
+                input_ids=ids,
+                attention_mask=attention_mask,
+                past=past,
+                generation=chosen,
+                seed=self._seed(seed, chosen),
+                output_logits=with_logits,
+                output_scores=with_scores,
+            ),
+            as_dict=as_dict,
+        )
+
+    def _is_stepwise(self, generation_config: Any, local: Mapping[str, Any], arguments: Mapping[str, Any]) -> bool:
+        """Whether a generation has to be driven from here, as transformers would decide on its mode."""
+        if local:
+            return True
+        chosen = {**asking.config_values(generation_config), **arguments}
+        if self._generation_config is not None:
+            own = self._generation_config.to_dict()
+        else:
+            own = json.loads(self._known().generation_config_json or "{}")
+
+        def of(name: str) -> Any:
+            value = chosen.get(name)
+            return own.get(name) if value is None else value
+
+        # Without importing transformers for what most calls ask.
+        if of("guidance_scale") not in (None, 1, 1.0) or of("watermarking_config") is not None:
+            return True
+        if of("token_healing") and chosen.get("tokenizer") is not None:
+            return True
+        from transformers import GenerationConfig
+
+        config = GenerationConfig()
+        for name in _MODE_FIELDS:
+            if hasattr(config, name) and of(name) is not None:
+                setattr(config, name, of(name))
+        return config.get_generation_mode().value not in _IN_RING
+
+    def _own_generation_config(self) -> GenerationConfig:
+        from transformers import GenerationConfig
+
+        return GenerationConfig.from_dict(json.loads(self._known().generation_config_json or "{}"))
+
+    def _fields(self, config: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """What to send: what the user changed in `generation_config`, under `config`, under `arguments`."""
+        changed: dict[str, Any] = {}
+        if self._generation_config is not None:
+            before = self._own_generation_config().to_dict()
+            after = self._generation_config.to_dict()
+            changed = {key: after.get(key) for key in before | after if before.get(key) != after.get(key)}
+        return {**asking.fields(None, changed), **asking.fields(config, arguments)}
+
+    def _pop(self, chosen: dict[str, Any], name: str) -> Any:
+        """The value of `name`, from `chosen` or else from the model's own generation config."""
+        if chosen.get(name) is None:
+            chosen.pop(name, None)
+            return json.loads(self._known().generation_config_json or "{}").get(name)
+        return chosen.pop(name)
+
+    def _seed(self, seed: int | None, chosen: Mapping[str, Any]) -> int | None:
+        if seed is not None:
+            return seed
+        if not self._pop(dict(chosen), "do_sample"):
+            return None
+        import torch
+
+        return int(torch.randint(0, 2**63 - 1, ()).item())
+
+    def _ids(self, inputs: Any, input_ids: Any) -> Tensor:
+        if inputs is not None and input_ids is not None:
+            raise InvalidRequestError("inputs and input_ids are the same thing: pass one of them")
+        given = inputs if inputs is not None else input_ids
+        if given is None:
+            start = self.generation_config.bos_token_id
+            if start is None:
+                raise InvalidRequestError("input_ids is needed: the model has no bos_token_id to start from")
+            given = [[start]]
+        return tensors.integers(given, "input_ids")
+
+    # How it is copied and pickled: by its name, with what its user changed
+
+    def _changes(self) -> dict[str, Any]:
+        return {} if self._generation_config is None else {"_generation_config": self._generation_config}
+
+
+# What `GenerationConfig.get_generation_mode` looks at.
+_MODE_FIELDS = (
+    *("constraints", "force_words_ids", "num_beams", "num_beam_groups", "do_sample", "top_k", "penalty_alpha"),
+    *("use_mtp", "prompt_lookup_num_tokens", "assistant_early_exit", "dola_layers"),
+)
+
+
+def _special_float(value: dict[str, Any]) -> Any:
+    """transformers writes infinity into a config as {"__float__": "Infinity"}."""
+    return float(value["__float__"]) if set(value) == {"__float__"} else value

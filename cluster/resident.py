@@ -1,0 +1,254 @@
+"""A model that is resident: its stages, their workers, and how a lost one is brought back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from ..proto.v1 import registry_pb2
+from ..proto.v1.errors import ModelUnavailableError, OutOfMemoryError, ShardliftError, WorkerDiedError, one_line
+from ..worker.anatomy import Cut
+from ..worker.records import HubToken, SourceSpec
+from ..worker.service import SECRET_HEADER
+from ..worker.spec import LoadReport, StageSpec
+from . import loads, requests
+from .placement import Placement, call, end_process, is_there, kill, place_again, place_elsewhere
+from .plan import PlannedStage
+from .planning import OutlinedModel, outline_model
+from .route import Route
+from .topology import discover
+from .vigil import Vigil, lost_stages
+
+logger = logging.getLogger(__name__)
+
+_TRIES_IN_PLACE = 2  # what kills every worker there will kill the next one too
+_DISCOVER_TIMEOUT_S = 90.0
+
+
+class Resident:
+    """Stages that have loaded, joined to a ring. All methods run on one event loop.
+
+    info: the registry's, which changes here when a stage moves. request: as it came, without its token. specs: known
+    where this process has planned the load; else made again from the checkpoint when one is needed.
+    """
+
+    def __init__(
+        self,
+        info: registry_pb2.ModelInfo,
+        request: registry_pb2.LoadModelRequest,
+        token: HubToken,
+        placement: Placement,
+        reports: Sequence[LoadReport | None],
+        specs: Sequence[StageSpec],
+    ) -> None:
+        self.info = info
+        self.placement = placement
+        self._request = request
+        self._token = token
+        # None for a stage that is lost.
+        self._reports = list(reports)
+        self._specs = list(specs)
+        self._outlined: OutlinedModel | None = None
+        self._card = b""
+        self._vigil: Vigil | None = None
+        self.route: Route | None = None
+
+    @property
+    def source(self) -> SourceSpec:
+        return self._specs[0].source
+
+    @property
+    def _metadata(self) -> list[tuple[str, str]]:
+        return [(SECRET_HEADER, self._specs[0].secret)]
+
+    # -- joining ---------------------------------------------------------------------------------------------------
+
+    async def join(self) -> None:
+        """Closes the ring over the workers that there are, and takes a token through it."""
+        await loads.join_ring(self.placement.workers, [report.address for report in self._all_reports()])
+        await self.connect()
+
+    async def connect(self) -> None:
+        """Takes a token through the ring. Raises ModelUnavailableError where a stage is known to be lost."""
+        route = Route(self._all_reports()[-1].address, self._specs[0].secret)
+        try:
+            await route.canary()
+        except BaseException:
+            await route.close()
+            raise
+        old, self.route = self.route, route
+        if old is not None:
+            await old.close()
+
+    async def keep_card(self) -> None:
+        """Gives every worker what a new controller would need to know."""
+        info = registry_pb2.ModelInfo()
+        info.CopyFrom(self.info)
+        info.state, info.reason = registry_pb2.MODEL_STATE_READY, ""
+        source = registry_pb2.ModelSource()
+        source.CopyFrom(self._request.source)
+        source.ClearField("token")
+        self._card = registry_pb2.ModelCard(
+            info=info,
+            source=source,
+            options=self._request.options,
+            seats=[
+                registry_pb2.StageSeat(
+                    placement_group=seat.group,
+                    bundle=seat.bundle,
+                    node=seat.node,
+                    node_id=seat.node_id,
+                    device=seat.device,
+                    gpus=seat.slots,
+                )
+                for seat in self.placement.seats
+            ],
+        ).SerializeToString()
+        await asyncio.gather(
+            *(call(worker.set_card.remote(self._card), "a stage") for worker in self.placement.workers)
+        )
+
+    def watch(self, on_loss: Callable[[int], None]) -> None:
+        """Calls `on_loss` when a stage ends, until the next `watch` or `close`."""
+        assert self.route is not None
+        assert self._vigil is None
+        self._vigil = Vigil([report.address for report in self._all_reports()], self._metadata, on_loss)
+
+    async def close(self) -> None:
+        """Lets go of the stages; they stay."""
+        await self._unwatch()
+        if self.route is not None:
+            await self.route.close()
+
+    async def _unwatch(self) -> None:
+        vigil, self._vigil = self._vigil, None
+        if vigil is not None:
+            await vigil.close()
+
+    def _all_reports(self) -> list[LoadReport]:
+        found = [report for report in self._reports if report is not None]
+        if len(found) < len(self._reports):
+            lost = [index for index, report in enumerate(self._reports) if report is None]
+            raise ModelUnavailableError(f"stages {lost} of {len(self._reports)} are lost")
+        return found
+
+    # -- recovery --------------------------------------------------------------------------------------------------
+
+    async def restore(self, held: Callable[[], set[str]], placing: asyncio.Lock) -> list[int]:
+        """Brings lost stages back, where they were or elsewhere, and closes the ring again; which stages these were.
+
+        held: gives the devices that models hold. placing: held while a device is chosen. Raises OutOfMemoryError where
+        no device has room for a stage, and whatever else keeps one from coming back; a later try goes on from what
+        this one has reached.
+        """
+        await self._unwatch()
+        addresses = {index: report.address for index, report in enumerate(self._reports) if report is not None}
+        silent = await lost_stages(addresses, self._metadata)
+        processes = {index: report.pid for index in silent if (report := self._reports[index]) is not None}
+        for index in silent:
+            self._reports[index] = None
+        lost = [index for index, report in enumerate(self._reports) if report is None]
+        if lost:
+            await self._complete_specs(lost)
+            results = await asyncio.gather(
+                *(self._bring_back(index, processes if silent.get(index) else {}, placing, held) for index in lost),
+                return_exceptions=True,
+            )
+            for result in results:
+                if isinstance(result, BaseException):
+                    raise result
+        await self.join()
+        await self.keep_card()
+        return lost
+
+    async def _bring_back(
+        self, index: int, hanging: Mapping[int, int], placing: asyncio.Lock, held: Callable[[], set[str]]
+    ) -> None:
+        """A stage's worker anew. hanging: processes that hold on to their device, and answer nobody."""
+        spec, seat = self._specs[index], self.placement.seats[index]
+        await kill(self.placement.workers[index])
+        failure: ShardliftError = ModelUnavailableError(f"node {seat.node} left the cluster")
+        if await is_there(seat.node_id):
+            if index in hanging:
+                await end_process(seat.node_id, hanging[index])
+            for _ in range(_TRIES_IN_PLACE):
+                try:
+                    await place_again(spec, self._card, self.placement)
+                    return await self._load(index)
+                except WorkerDiedError as error:
+                    failure = error
+                except ModelUnavailableError as error:
+                    failure = error
+                    break
+        logger.warning("stage %s of %s goes elsewhere: %s", index, self.info.name, one_line(failure))
+        async with placing:
+            await self._move(index, held, failure)
+        await self._load(index)
+
+    async def _move(self, index: int, held: Callable[[], set[str]], why: ShardliftError) -> None:
+        """A worker for the stage on a device that has room for it, the smallest of these."""
+        stage, seat, spec = self.info.plan.stages[index], self.placement.seats[index], self._specs[index]
+        gone = set() if await is_there(seat.node_id) else {seat.node_id}
+        devices = await asyncio.wait_for(asyncio.to_thread(discover, held(), gone), _DISCOVER_TIMEOUT_S)
+        need = stage.resident_bytes + stage.workspace_bytes + stage.kv_budget_bytes
+        kind = "cuda" if spec.device.startswith("cuda") else "cpu"
+        fitting = [device for device in devices if device.kind == kind and device.capacity_bytes >= need]
+        if not fitting:
+            raise OutOfMemoryError(
+                f"stage {index} is lost ({one_line(why)}) and needs {need:,} bytes of a {kind} device, which no other "
+                "has free: it comes back when one has"
+            )
+        device = min(fitting, key=lambda device: (device.capacity_bytes, device.path))
+        planned = PlannedStage(
+            device=device,
+            cut=spec.cut,
+            resident_bytes=stage.resident_bytes,
+            fetch_bytes=stage.fetch_bytes,
+            kv_bytes_per_token=stage.kv_bytes_per_token,
+            modules=tuple(stage.modules),
+            workspace_bytes=stage.workspace_bytes,
+            kv_bytes=stage.kv_bytes,
+            kv_budget_bytes=stage.kv_budget_bytes,
+        )
+        await place_elsewhere(planned, spec, self._card, self.placement)
+        stage.node, stage.device, stage.capacity_bytes = device.node, device.name, device.capacity_bytes
+
+    async def _load(self, index: int) -> None:
+        worker = self.placement.workers[index]
+        report: LoadReport = await call(worker.load.remote(self._token), f"stage {index}")
+        stage = self.info.plan.stages[index]
+        stage.device = await loads.actual_device(worker, index, stage.device)
+        self._reports[index] = report
+        self.info.residency[index].CopyFrom(loads.residency(index, report))
+
+    async def _complete_specs(self, lost: Sequence[int]) -> None:
+        """Has the specs of `lost` stages with all that a load needs, of the very same bytes that the others hold."""
+        if all(self._specs[index].records for index in lost):
+            return
+        if self._outlined is None:
+            source = registry_pb2.ModelSource()
+            source.CopyFrom(self._request.source)
+            if self.source.kind == "hub":
+                source.revision = self.source.commit
+            options = self._request.options
+            self._outlined = await asyncio.to_thread(
+                lambda: outline_model(requests.checkpoint_request(source), self._token, requests.model_options(options))
+            )
+        model = self._outlined
+        known = {file: version for spec in self._specs for file, version in spec.versions.items()}
+        for index in lost:
+            stage = self.info.plan.stages[index]
+            layers = len(model.layout.outline.sizes.layers)
+            cut = Cut(first=stage.first_layer, end=stage.last_layer + 1, num_layers=layers)
+            records = model.layout.records_of(cut, model.checkpoint.records)
+            versions = {record.file: model.checkpoint.versions[record.file] for record in records}
+            self._specs[index] = replace(
+                self._specs[index],
+                index=index,
+                cut=cut,
+                records=records,
+                # A file that others have read must still be what it was: the load itself finds out.
+                versions={file: known.get(file, version) for file, version in versions.items()},
+            )

@@ -1,0 +1,413 @@
+"""A session on the last stage: passes through the ring on one cache, and generations that go on from it.
+
+Shapes: B rows, T new tokens, L cached positions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from google.protobuf.json_format import MessageToDict
+
+from ..proto.v1 import inference_pb2
+from ..proto.v1.errors import InvalidRequestError
+from ..proto.v1.tensor_pb2 import Tensor
+from .admission import Ticket
+from .generation import Decoding, Forward
+from .links import StepKey
+from .pipeline import IncomingStep, StagePipeline, Then
+from .stage import ResidentStage, StepInput
+from .tensors import check_ids, from_message, to_frames
+from .trial import depends_on_the_longest
+
+# Steps that a client has not taken yet, before the model waits for it.
+_STEPS_AHEAD = 64
+
+
+class RingSession:
+    """One sequence batch. Its methods are called one after another; `end` frees it on every stage.
+
+    name, epoch: as in the keys of its steps. The same name under a later epoch is the session begun anew.
+    """
+
+    def __init__(
+        self,
+        pipeline: StagePipeline,
+        ticket: Ticket,
+        *,
+        name: str = "",
+        epoch: int = 0,
+        tokenizer: Callable[[], Any] | None = None,
+    ) -> None:
+        self._pipeline = pipeline
+        self._ticket = ticket
+        self._name = name or uuid.uuid4().hex
+        self._epoch = epoch
+        self._number = 0
+        self._tokenizer = tokenizer
+        self._keep: int | None = None
+        self._select: tuple[int, ...] = ()
+        self._past: _Past | None = None
+
+    @property
+    def length(self) -> int:
+        """Cached positions, padding included."""
+        return 0 if self._past is None else self._past.ids.shape[1]
+
+    @property
+    def rows(self) -> int:
+        return 0 if self._past is None else self._past.ids.shape[0]
+
+    def end(self) -> None:
+        self._pipeline.finish_session(self._name)
+        self._ticket.leave()
+
+    # -- the past --------------------------------------------------------------------------------------------------
+
+    async def keep(self, length: int) -> None:
+        """Forgets all positions but the first `length`. Raises InvalidRequestError where there are not so many."""
+        if length > self.length:
+            raise InvalidRequestError(f"keep={length}, but the session holds {self.length} positions")
+        if self._past is None or length == self.length:
+            return
+        past = self._past.first(length)
+        if not length:
+            self._past, self._keep, self._select = None, None, ()
+            self._ticket.reserve(0)
+            return
+        cache = self._pipeline.cache(self._name)
+        if cache is not None and cache.can_keep(length):
+            self._past, self._keep = past, length
+            return
+        # A window has moved past what it would have to hold again: what stays is computed anew.
+        self._past, self._keep, self._select = None, None, ()
+        await self.forward(
+            StepInput(input=past.ids, attention_mask=past.mask, position_ids=past.positions),
+            logits_to_keep=1,
+            then=lambda logits: None,
+        )
+
+    def select_rows(self, rows: tuple[int, ...]) -> None:
+        """Row i goes on from what is now row rows[i]. Raises InvalidRequestError for a row that isn't there."""
+        if not all(row < self.rows for row in rows):
+            raise InvalidRequestError(f"row {max(rows)} of a session with {self.rows} rows")
+        assert self._past is not None
+        self._select = tuple(self._select[row] for row in rows) if self._select else rows
+        self._past = self._past.select(rows)
+
+    # -- passes ----------------------------------------------------------------------------------------------------
+
+    async def forward(
+        self, step: StepInput, *, reset: bool = False, logits_to_keep: int = 0, then: Then = lambda logits: logits
+    ) -> Any:
+        """Takes `step` through all stages; gives what `then`, on the computing thread, makes of the logits [B, kept, V]
+        of the last one.
+
+        reset: the step is the whole sequence, computed without what is cached.
+        Raises InvalidRequestError for a step that doesn't go with the past, OutOfMemoryError where it has no room.
+        """
+        past = None if reset or not step.use_cache else self._past
+        if self._past is not None and not reset and (step.input.shape[0] != self.rows or not step.use_cache):
+            raise InvalidRequestError(
+                f"this session keeps {self.length} tokens of {self.rows} rows: its passes need as many rows, and "
+                "use_cache"
+            )
+        grown = None
+        if step.use_cache:
+            grown = _Past.of(step) if past is None else past.grown(step)
+            self._ticket.reserve(max(self._ticket.tokens, grown.ids.numel()))
+        mask = step.attention_mask
+        if mask is not None and step.use_cache and grown is not None and not grown.is_padded:
+            # Nothing is padding: without a mask the same values come out, and less travels.
+            step = replace(step, attention_mask=None)
+        key = StepKey(self._name, self._epoch, self._number)
+        incoming = IncomingStep(
+            key=key,
+            input=step,
+            reset_cache=step.use_cache and past is None,
+            keep=None if past is None else self._keep,
+            rows=() if past is None else self._select,
+        )
+        self._number += 1
+        result = await self._pipeline.forward(incoming, logits_to_keep=logits_to_keep, then=then)
+        if step.use_cache:
+            self._past, self._keep, self._select = grown, None, ()
+        return result
+
+    async def compute(self, function: Callable[[], Any]) -> Any:
+        """Runs `function` on the computing thread, in this session's turn."""
+        return await self._pipeline.run(self._name, function)
+
+    async def answer(
+        self, request: inference_pb2.ForwardRequest, *, cached: bool
+    ) -> AsyncIterator[inference_pb2.ForwardResponse]:
+        """Runs the pass that is asked for; gives its logits, message by message."""
+        step = _step_input(request, self.length, self._pipeline.stage, cached=cached)
+        if request.without_logits:
+            await self.forward(step, logits_to_keep=1, then=lambda logits: None)
+            yield inference_pb2.ForwardResponse(logits=Tensor(shape=[0], dtype="float32"))
+            return
+        head, rest = await self.forward(step, logits_to_keep=request.logits_to_keep, then=_frames)
+        yield inference_pb2.ForwardResponse(logits=head)
+        for frame in rest:
+            yield inference_pb2.ForwardResponse(more=frame)
+
+    # -- generation ------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: inference_pb2.GenerateRequest) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        """Decodes as `request` says, after what is cached. Left early, it stops at the next step."""
+        decoding = await self._decoding(request)
+        yield inference_pb2.GenerateResponse(
+            accepted=inference_pb2.PromptAccepted(batch=decoding.rows, prompt_tokens=decoding.prompt_tokens)
+        )
+        # The model goes on while a client takes its time, up to a point.
+        steps: asyncio.Queue[list[inference_pb2.GenerateResponse] | Exception | None] = asyncio.Queue(_STEPS_AHEAD)
+        driving = asyncio.create_task(self._drive(decoding, _generated(request, decoding.rows), steps))
+        try:
+            while (responses := await steps.get()) is not None:
+                if isinstance(responses, Exception):
+                    raise responses
+                for response in responses:
+                    yield response
+        finally:
+            driving.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await driving
+            self._ticket.reserve(self.length * self.rows)
+        yield inference_pb2.GenerateResponse(
+            finished=inference_pb2.GenerationFinished(
+                new_tokens=decoding.new_tokens, reason="stop" if decoding.stopped_early else "length"
+            )
+        )
+
+    async def _decoding(self, request: inference_pb2.GenerateRequest) -> Decoding:
+        input_ids = check_ids("input_ids", from_message(request.input_ids))
+        mask = _mask(request.attention_mask) if request.HasField("attention_mask") else None
+        past = self._past
+        if past is not None:
+            if input_ids.shape[0] != self.rows:
+                raise InvalidRequestError(f"input_ids has {input_ids.shape[0]} rows, but the session {self.rows}")
+            if mask is None and past.is_padded:
+                mask = torch.cat([past.attention_mask, torch.ones_like(input_ids)], dim=1)
+            input_ids = torch.cat([past.ids, input_ids], dim=1)
+        if mask is not None and mask.shape != input_ids.shape:
+            raise InvalidRequestError(
+                f"attention_mask has shape {list(mask.shape)}; past and new tokens need {list(input_ids.shape)}"
+            )
+        model = self._pipeline.stage.model
+        decoding: Decoding = await self.compute(
+            lambda: Decoding(
+                model,
+                input_ids,
+                mask,
+                MessageToDict(request.generation),
+                seed=request.seed if request.HasField("seed") else None,
+                output_logits=request.output_logits,
+                output_scores=request.output_scores,
+                past=self.length,
+                tokenizer=self._tokenizer,
+            )
+        )
+        if past is not None and (decoding.rows != self.rows or not decoding.use_cache):
+            raise InvalidRequestError(
+                "a session's generation needs its own rows and its cache: no other number, no less"
+            )
+        if decoding.use_cache:
+            # All that it may come to: who was let in is not sent away half-way.
+            self._ticket.reserve(decoding.rows * decoding.max_length)
+        return decoding
+
+    async def _drive(
+        self,
+        decoding: Decoding,
+        generated: torch.Tensor,
+        steps: asyncio.Queue[list[inference_pb2.GenerateResponse] | Exception | None],
+    ) -> None:
+        """Puts each step's messages into `steps`, and at the end None, or what it failed with."""
+        try:
+            forwards = await self._passes(decoding, generated)
+            if decoding.finished:
+                await steps.put(None)
+                return
+            for forward in forwards[:-1]:
+                await self._pass(forward, lambda logits: None)
+            following: Forward | None = forwards[-1]
+            while following is not None:
+                advanced = await self._pass(following, lambda logits: self._advance(decoding, logits))
+                # Doesn't give the loop away unless the queue is full: the next step sets out with its group.
+                await steps.put(advanced.responses)
+                following = advanced.next
+            await steps.put(None)
+        except Exception as error:
+            await steps.put(error)
+
+    async def _passes(self, decoding: Decoding, generated: torch.Tensor) -> list[Forward]:
+        """The passes up to the next new token: the prompt's, and those of tokens that are known already.
+
+        Each of these is computed to the bits that it had when it came, by itself.
+        """
+        prefill: list[Forward] = await self.compute(decoding.prefill)
+        count = generated.shape[1]
+        if not count:
+            return prefill
+        if decoding.use_cache and self._is_changeable:
+            following = prefill
+            for column in generated.T:
+                for forward in following:
+                    await self._pass(forward, lambda logits: None)
+                following = [await self.compute(partial(self._accept, decoding, column))]
+            return following
+
+        def accept_all() -> Forward:
+            for column in generated.T:
+                decoding.accept(column)
+            forward = decoding.next_forward(None, count)
+            return replace(forward, input=replace(forward.input, one_by_one=decoding.use_cache))
+
+        last = await self.compute(accept_all)
+        return [*prefill, last] if decoding.use_cache else [last]
+
+    @property
+    def _is_changeable(self) -> bool:
+        """Whether the model may find, at a step, that its past is void: then each step is asked about."""
+        return depends_on_the_longest(self._pipeline.stage)
+
+    def _accept(self, decoding: Decoding, tokens: torch.Tensor) -> Forward:
+        decoding.accept(tokens)
+        return decoding.next_forward(self._cache)
+
+    async def _pass(self, forward: Forward, then: Then) -> Any:
+        return await self.forward(
+            forward.input, reset=forward.reset_cache, logits_to_keep=forward.logits_to_keep, then=then
+        )
+
+    @property
+    def _cache(self) -> object:
+        """This stage's cache as transformers sees it, or None."""
+        cache = self._pipeline.cache(self._name)
+        return None if cache is None else cache.cache
+
+    def _advance(self, decoding: Decoding, logits: torch.Tensor) -> _Advanced:
+        """Chooses the next tokens and prepares their pass, in one turn on the computing thread.
+
+        The bytes of tensors that don't fit one message follow it, the logits' first.
+        """
+        step = decoding.advance(logits)
+        message = inference_pb2.GeneratedStep(token_ids=step.tokens)
+        later: list[inference_pb2.GenerateResponse] = []
+        for tensor, field in ((step.logits, message.logits), (step.scores, message.scores)):
+            if tensor is not None:
+                head, rest = _frames(tensor)
+                field.CopyFrom(head)
+                later += [inference_pb2.GenerateResponse(more=frame) for frame in rest]
+        return _Advanced(
+            responses=[inference_pb2.GenerateResponse(step=message), *later],
+            next=None if step.finished else decoding.next_forward(self._cache),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Advanced:
+    """What to tell of a step, and the next pass, if there is one."""
+
+    responses: list[inference_pb2.GenerateResponse]
+    next: Forward | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Past:
+    """What a session has been fed, on the host: ids and positions [B, L], and a mask [B, L] where something is
+    padding."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor | None
+
+    @classmethod
+    def of(cls, step: StepInput) -> _Past:
+        return cls(ids=step.input.cpu(), positions=_positions(step), mask=_padding(step))
+
+    @property
+    def is_padded(self) -> bool:
+        return self.mask is not None
+
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        return torch.ones_like(self.ids) if self.mask is None else self.mask.long()
+
+    def grown(self, step: StepInput) -> _Past:
+        return _Past(
+            ids=torch.cat([self.ids, step.input.cpu()], dim=1),
+            positions=torch.cat([self.positions, _positions(step)], dim=1),
+            mask=_padding(step),
+        )
+
+    def first(self, length: int) -> _Past:
+        mask = None if self.mask is None else self.mask[:, :length]
+        return _Past(ids=self.ids[:, :length], positions=self.positions[:, :length], mask=mask)
+
+    def select(self, rows: tuple[int, ...]) -> _Past:
+        chosen = list(rows)
+        mask = None if self.mask is None else self.mask[chosen]
+        return _Past(ids=self.ids[chosen], positions=self.positions[chosen], mask=mask)
+
+
+def _positions(step: StepInput) -> torch.Tensor:
+    return step.position_ids.cpu().expand(step.input.shape[0], -1)
+
+
+def _padding(step: StepInput) -> torch.Tensor | None:
+    """The step's mask over past and new tokens, or None where it is true everywhere."""
+    mask = step.attention_mask
+    return None if mask is None or bool(mask.all()) else mask.cpu().bool()
+
+
+def _frames(tensor: torch.Tensor) -> tuple[Tensor, list[bytes]]:
+    head, rest = to_frames(tensor)
+    return head, list(rest)
+
+
+def _generated(request: inference_pb2.GenerateRequest, rows: int) -> torch.Tensor:
+    """The tokens [rows, n] that an earlier call gave. Raises InvalidRequestError for another number of rows."""
+    if not request.HasField("generated") or not request.generated.data:
+        return torch.empty((rows, 0), dtype=torch.long)
+    generated = check_ids("generated", from_message(request.generated))
+    if generated.shape[0] != rows:
+        raise InvalidRequestError(f"generated has {generated.shape[0]} rows; this request has {rows}")
+    return generated
+
+
+def _step_input(request: inference_pb2.ForwardRequest, past: int, stage: ResidentStage, *, cached: bool) -> StepInput:
+    input_ids = check_ids("input_ids", from_message(request.input_ids))
+    batch, length = input_ids.shape
+    attention_mask = _mask(request.attention_mask) if request.HasField("attention_mask") else None
+    if attention_mask is not None and tuple(attention_mask.shape) != (batch, past + length):
+        raise InvalidRequestError(
+            f"attention_mask has shape {list(attention_mask.shape)}; past and new tokens need {[batch, past + length]}"
+        )
+    if request.HasField("position_ids"):
+        position_ids = check_ids("position_ids", from_message(request.position_ids))
+        if position_ids.shape[1] != length or position_ids.shape[0] not in (1, batch):
+            raise InvalidRequestError(
+                f"position_ids has shape {list(position_ids.shape)}; the new tokens need {[batch, length]}"
+            )
+    else:
+        position_ids = stage.positions(attention_mask, past, length)
+    return StepInput(
+        input=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=cached,
+        one_by_one=request.one_by_one and cached,
+    )
+
+
+def _mask(message: Tensor) -> torch.Tensor:
+    return check_ids("attention_mask", from_message(message))
