@@ -44,6 +44,13 @@ class _ElsewhereLinearLayer(LinearAttentionLayer):
         self.has_previous_state: dict[int, bool] = dict.fromkeys(range(self.number_of_states), True)
 
 
+class _ElsewhereNothing(DummyLayer):
+    """The same for a layer that keeps nothing anywhere."""
+
+    def advance(self, tokens: int) -> None:
+        pass
+
+
 class StageCache:
     """`cache` is what a model's forward takes as `past_key_values`; call `advance` after each forward."""
 
@@ -52,7 +59,7 @@ class StageCache:
         assert len(self.cache.layers) == cut.num_layers, (len(self.cache.layers), cut.num_layers)
         self._elsewhere: list[Any] = []
         for index, layer in enumerate(self.cache.layers):
-            if cut.first <= index < cut.end or isinstance(layer, DummyLayer):  # which keeps nothing anywhere
+            if cut.first <= index < cut.end:
                 continue
             self._elsewhere.append(_elsewhere(layer))
             self.cache.layers[index] = self._elsewhere[-1]
@@ -86,4 +93,6 @@ def _elsewhere(layer: Any) -> Any:
         return _ElsewhereSlidingLayer(sliding_window=layer.sliding_window)
     if type(layer) is LinearAttentionLayer:
         return _ElsewhereLinearLayer(number_of_states=layer.number_of_states)
+    if type(layer) is DummyLayer:
+        return _ElsewhereNothing()
     raise UnsupportedModelError(f"a pipeline can't yet keep a cache layer of kind {type(layer).__name__}")
