@@ -37,8 +37,8 @@ loaded (`tests/test_warm_load.py`).
   *latent*: one compressed vector a position. *state*: as much for a long text as for a short one; `shardlift plan`
   counts one row's as workspace. A state can't be taken back to an earlier position, nor can a window that has moved on.
 - **attention**: *shared* where it goes through transformers' interface for attention implementations, by which
-  sessions of unequal length can be computed as one batch; *own* where the family computes its own. Layers that keep a
-  state have no attention, and go by neither.
+  sessions of unequal length can be computed as one batch: with all and window, though not with latents, which are
+  widened after they are kept, nor with states, nor with Llama 4's chunks. *own* where the family computes its own.
 - **experts in 4 bits**: whether `quantize_experts=True` takes effect, and was compared (`tests/test_experts.py`).
   *no*: the checkpoint holds a layer's experts in one tensor, or with biases, or they have no gate, so they stay in 16
   bits.
