@@ -40,7 +40,7 @@ format: $(READY)  ## put the source into ruff's format
 types: $(READY)  ## mypy
 	@mkdir -p .cache/types && ln -sfn ../.. .cache/types/shardlift
 	MYPYPATH=.cache/types $(BIN)/mypy -p shardlift.client -p shardlift.cluster -p shardlift.worker \
-	  -m shardlift.proto.v1.errors -m shardlift.proto.v1.status -m shardlift.proto.v1.wire
+	  -m shardlift.proto.v1.errors -m shardlift.proto.v1.frames -m shardlift.proto.v1.status -m shardlift.proto.v1.wire
 
 unit: $(READY)  ## tests alone
 	$(BIN)/python -m pytest -m "not gpu and not soak"

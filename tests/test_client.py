@@ -798,7 +798,7 @@ def test_logits_and_scores_larger_than_a_message(gateway: ScriptedGateway, model
         for tensor in (logits_bv, scores_bv):
             data = memoryview(tensor.numpy()).cast("B")
             heads.append(wire.first_frame([2, vocabulary], "float32", data))
-            rest += list(wire.later_frames(data))
+            rest += map(bytes, wire.later_frames(data))
         yield accepted
         step = inference_pb2.GeneratedStep(token_ids=[3, 4], logits=heads[0], scores=heads[1])
         yield inference_pb2.GenerateResponse(step=step)
@@ -983,7 +983,7 @@ def forward_reply(tensor: torch.Tensor) -> Iterator[inference_pb2.ForwardRespons
     dtype = str(tensor.dtype).removeprefix("torch.")
     yield inference_pb2.ForwardResponse(logits=wire.first_frame(list(tensor.shape), dtype, data))
     for more in wire.later_frames(data):
-        yield inference_pb2.ForwardResponse(more=more)
+        yield inference_pb2.ForwardResponse(more=bytes(more))
 
 
 def test_forward_is_exact_to_the_bit(gateway: ScriptedGateway, model: RemoteModel) -> None:

@@ -23,7 +23,7 @@ PURE = [
     *(f"worker.{name}" for name in ("anatomy", "spec", "fetch", "quantization")),
     *(f"cluster.{name}" for name in ("sizes", "devices", "partition", "plan", "pace", "load_time")),
     *(f"cluster.{name}" for name in ("blocks", "slowest", "spread", "refusal", "device_map")),
-    *(f"proto.v1.{name}" for name in ("errors", "wire")),
+    *(f"proto.v1.{name}" for name in ("errors", "frames", "wire")),
 ]
 # How transformers loads and quantizes: no promise of theirs covers it.
 LOADING_INTERNALS = (

@@ -1,11 +1,10 @@
-"""Nodes lost in the middle of streams: a stage goes to a spare device; without one the model says so, and comes back."""
+"""Nodes lost in the middle of streams: a stage goes to a spare device; without one the model says so, and waits."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import grpc

@@ -14,7 +14,7 @@ from tests.support import checkpoints
 from tests.support.cluster import RunningCluster
 
 # No import of ours, and no generated code but that of gRPC's own reflection service.
-STRANGER = '''
+STRANGER = """
 import json, sys
 import grpc
 from google.protobuf import json_format, message_factory
@@ -50,7 +50,7 @@ print(json.dumps({
         {"keep": 2, "forward": {"inputIds": ids, "logitsToKeep": 1}}),
     "ours": sorted(name for name in sys.modules if name.startswith("shardlift")),
 }))
-'''
+"""
 
 
 @pytest.fixture

@@ -180,9 +180,7 @@ async def test_chunks_give_what_one_pass_gives(
 
 async def test_chunks_equal_one_pass_to_the_bit_where_kernels_round_alike(case: tuple[Path, PreTrainedModel]) -> None:
     """With plain attention, whose matrix products give a row the same bits however many rows there are."""
-    stages = ring.load(
-        case[0], (2,), quantization=nf4().to_dict(), dtype="bfloat16", attn_implementation="eager"
-    )
+    stages = ring.load(case[0], (2,), quantization=nf4().to_dict(), dtype="bfloat16", attn_implementation="eager")
     text = torch.randint(3, 250, (1, 40), generator=torch.Generator().manual_seed(8))
     async with ring.serve(stages) as pipeline:
         one, several = Session(pipeline), Session(pipeline)
@@ -292,9 +290,7 @@ async def test_batches_of_sessions_give_what_each_gives_alone(pipeline: ring.Rin
     for (ids, mask, fields), (tokens, _) in zip(work, results, strict=True):
         seed = fields.pop("seed")
         torch.manual_seed(seed)
-        expected = whole.generate(
-            ids, attention_mask=mask, max_new_tokens=24, **(fields or {"do_sample": False})
-        )
+        expected = whole.generate(ids, attention_mask=mask, max_new_tokens=24, **(fields or {"do_sample": False}))
         assert torch.equal(tokens, expected[:, ids.shape[1] :])
     batches = [server.pipeline.compute.batches for server in pipeline.servers]
     assert all(sum(count for size, count in sizes.items() if size > 1) > 0 for sizes in batches), batches

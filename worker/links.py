@@ -14,19 +14,21 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
-from ..proto.v1 import stage_pb2, stage_pb2_grpc
+from ..proto.v1 import stage_pb2
 from ..proto.v1.errors import ModelUnavailableError, ShardliftError, one_line
+from ..proto.v1.frames import bytes_message
 from ..proto.v1.status import from_reason
 from ..proto.v1.tensor_pb2 import Tensor
 from ..proto.v1.wire import FRAME_BYTES, STAGE_CHANNEL_OPTIONS
 
 # A neighbour that doesn't take a connection within this time is called unreachable.
 CONNECT_TIMEOUT_S = 5.0
+STEP_METHOD = "/shardlift.v1.StageService/Step"
 # Steps in one message, of about 20 bytes and their input each.
 _MOST_GROUPED = 256
 
 # A step with the rest of its input's bytes, or (without a key) a session's end.
-_Item = tuple["StepKey | None", "stage_pb2.Step | stage_pb2.SessionEnd", Sequence[bytes]]
+_Item = tuple["StepKey | None", "stage_pb2.Step | stage_pb2.SessionEnd", Sequence[memoryview]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class Link:
         self._closed = False
         self._writer = asyncio.create_task(self._write())
 
-    def send(self, step: stage_pb2.Step, rest: Sequence[bytes]) -> None:
+    def send(self, step: stage_pb2.Step, rest: Sequence[memoryview]) -> None:
         """Has a step sent; that it can't be is told to `on_failure`.
 
         Single-token steps that wait together go as one group, so that the next stage computes them together.
@@ -134,7 +136,10 @@ class Link:
             await self._channel.close(None)
         self._channel = grpc.aio.insecure_channel(self.address, options=STAGE_CHANNEL_OPTIONS)
         await asyncio.wait_for(_ready(self._channel), CONNECT_TIMEOUT_S)
-        self._call = stage_pb2_grpc.StageServiceStub(self._channel).Step(metadata=self._metadata)
+        step = self._channel.stream_stream(
+            STEP_METHOD, request_serializer=_serialized, response_deserializer=stage_pb2.StepResponse.FromString
+        )
+        self._call = step(None, metadata=self._metadata)
         self._reader = asyncio.create_task(self._read(self._call))
         return self._call
 
@@ -169,14 +174,18 @@ class Link:
             self._on_failure(key, ModelUnavailableError(f"the stage at {self.address} can't be reached: {reason}"))
 
 
+def _serialized(message: stage_pb2.StepRequest | bytes) -> bytes:
+    return message if isinstance(message, bytes) else message.SerializeToString()
+
+
 def _is_single(item: _Item) -> bool:
     """Whether it is a single-token step, which may go in a group with others."""
     step = item[1]
     return isinstance(step, stage_pb2.Step) and not item[2] and list(step.input.shape[1:2]) == [1]
 
 
-def _frames(items: Sequence[_Item]) -> Iterator[stage_pb2.StepRequest]:
-    """The messages of `items`, in their order."""
+def _frames(items: Sequence[_Item]) -> Iterator[stage_pb2.StepRequest | bytes]:
+    """The messages of `items`, in their order; a tensor's later bytes as serialized messages."""
     together: list[stage_pb2.Step] = []
     for item in [*items, None]:
         if item is not None and _is_single(item):
@@ -200,7 +209,7 @@ def _frames(items: Sequence[_Item]) -> Iterator[stage_pb2.StepRequest]:
         else:
             yield stage_pb2.StepRequest(step=what)
             for frame in rest:
-                yield stage_pb2.StepRequest(more=frame)
+                yield bytes_message(stage_pb2.StepRequest.MORE_FIELD_NUMBER, frame)
 
 
 def _is_alike(step: stage_pb2.Step, other: stage_pb2.Step) -> bool:

@@ -307,7 +307,7 @@ class StagePipeline:
                 logger.warning("step %s failed here: %s", key, one_line(error))
             self.fail(key, ours)
 
-    def _send(self, message: stage_pb2.Step, rest: list[bytes]) -> None:
+    def _send(self, message: stage_pb2.Step, rest: Sequence[memoryview]) -> None:
         if self._link is None:
             raise ModelUnavailableError("the ring of stages is not closed")
         self._link.send(message, rest)
@@ -369,7 +369,7 @@ class StagePipeline:
         return await self._settled(came)
 
 
-def _message(step: IncomingStep, tensor: torch.Tensor) -> tuple[stage_pb2.Step, list[bytes]]:
+def _message(step: IncomingStep, tensor: torch.Tensor) -> tuple[stage_pb2.Step, list[memoryview]]:
     """`step` with `tensor` for its input, as it goes to the next stage. Copies to the host."""
     head, rest = to_frames(tensor)
     mask = step.input.attention_mask

@@ -13,7 +13,7 @@ import grpc.aio
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from ..proto.v1 import inference_pb2, inference_pb2_grpc, stage_pb2, stage_pb2_grpc
+from ..proto.v1 import inference_pb2, inference_pb2_grpc, stage_pb2
 from ..proto.v1.errors import (
     AuthenticationError,
     InternalError,
@@ -21,11 +21,12 @@ from ..proto.v1.errors import (
     SessionExpiredError,
     ShardliftError,
 )
+from ..proto.v1.frames import only_bytes
 from ..proto.v1.server import HeaderGuard, abort
 from ..proto.v1.status import code_of, to_error
 from ..proto.v1.wire import STAGE_SERVER_OPTIONS, Assembly
 from .admission import Admission
-from .links import StepKey
+from .links import STEP_METHOD, StepKey
 from .pipeline import IncomingStep, StagePipeline
 from .session import RingSession
 from .spec import SessionLimits
@@ -95,7 +96,7 @@ class StageServer:
         self._server = grpc.aio.server(interceptors=[guard], options=STAGE_SERVER_OPTIONS)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined] # missing in grpc-stubs
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        stage_pb2_grpc.add_StageServiceServicer_to_server(_StageService(self.pipeline), self._server)
+        self._server.add_generic_rpc_handlers((_handlers(_StageService(self.pipeline)),))
         if stage.cut.is_last:
             inference_pb2_grpc.add_InferenceServiceServicer_to_server(_InferenceService(self.sessions), self._server)
 
@@ -123,12 +124,30 @@ class StageServer:
         await self._server.stop(grace_s)
 
 
-class _StageService(stage_pb2_grpc.StageServiceServicer):
+def _handlers(service: _StageService) -> grpc.GenericRpcHandler:
+    """StageService as its generated code would register it, but for tensors' bytes, which pass protobuf by."""
+    _, name, method = STEP_METHOD.split("/")
+    step = grpc.stream_stream_rpc_method_handler(
+        service.Step, request_deserializer=_read, response_serializer=stage_pb2.StepResponse.SerializeToString
+    )
+    return grpc.method_handlers_generic_handler(name, {method: step})
+
+
+def _read(message: bytes) -> stage_pb2.StepRequest | memoryview:
+    more = only_bytes(stage_pb2.StepRequest.MORE_FIELD_NUMBER, message)
+    return stage_pb2.StepRequest.FromString(message) if more is None else more
+
+
+def _more(request: stage_pb2.StepRequest) -> bytes | None:
+    return request.more if request.HasField("more") else None
+
+
+class _StageService:
     def __init__(self, pipeline: StagePipeline) -> None:
         self._pipeline = pipeline
 
     async def Step(
-        self, request_iterator: AsyncIterator[stage_pb2.StepRequest], context: grpc.aio.ServicerContext
+        self, request_iterator: AsyncIterator[stage_pb2.StepRequest | memoryview], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[stage_pb2.StepResponse]:
         failures: asyncio.Queue[stage_pb2.StepResponse | None] = asyncio.Queue()
 
@@ -152,28 +171,29 @@ class _StageService(stage_pb2_grpc.StageServiceServicer):
 
     async def _read(
         self,
-        requests: AsyncIterator[stage_pb2.StepRequest],
+        requests: AsyncIterator[stage_pb2.StepRequest | memoryview],
         send_back: Callable[[StepKey, ShardliftError], None],
     ) -> None:
         head: stage_pb2.Step | None = None
         assembly: Assembly | None = None
         take = self._pipeline.arrive if self._pipeline.stage.cut.is_last else self._take(send_back)
         async for request in requests:
-            kind = request.WhichOneof("frame")
-            if kind == "end":
-                self._pipeline.end_session(request.end.session)
-                continue
-            if kind in ("step", "group") and assembly is not None:
-                raise InvalidRequestError("a step began before the one before it was whole")
-            if kind == "group":
-                take(_apart(request.group))
-                continue
-            if kind == "step":
-                head, assembly = request.step, Assembly(request.step.input)
-            elif assembly is None:
-                raise InvalidRequestError("tensor bytes that belong to no step")
+            more = request if isinstance(request, memoryview) else _more(request)
+            if more is not None:
+                if assembly is None:
+                    raise InvalidRequestError("tensor bytes that belong to no step")
+                assembly.add(more)
             else:
-                assembly.add(request.more)
+                assert not isinstance(request, memoryview)
+                if assembly is not None and not request.HasField("end"):
+                    raise InvalidRequestError("a step began before the one before it was whole")
+                match request.WhichOneof("frame"):
+                    case "end":
+                        self._pipeline.end_session(request.end.session)
+                    case "group":
+                        take(_apart(request.group))
+                    case "step":
+                        head, assembly = request.step, Assembly(request.step.input)
             if head is not None and assembly is not None and assembly.complete:
                 take([_incoming(head, from_bytes(assembly.shape, assembly.dtype, assembly.data))])
                 head = assembly = None

@@ -371,7 +371,7 @@ def _padding(step: StepInput) -> torch.Tensor | None:
 
 def _frames(tensor: torch.Tensor) -> tuple[Tensor, list[bytes]]:
     head, rest = to_frames(tensor)
-    return head, list(rest)
+    return head, [bytes(frame) for frame in rest]
 
 
 def _generated(request: inference_pb2.GenerateRequest, rows: int) -> torch.Tensor:

@@ -24,8 +24,11 @@ def dtype_by_name(name: str) -> torch.dtype:
     return dtype
 
 
-def to_frames(tensor: torch.Tensor) -> tuple[Tensor, Iterator[bytes]]:
-    """`tensor` as the message that opens it and the frames that follow. The bits travel unchanged."""
+def to_frames(tensor: torch.Tensor) -> tuple[Tensor, Iterator[memoryview]]:
+    """`tensor` as the message that opens it and the frames that follow, which are views of it on the host.
+
+    The bits travel unchanged.
+    """
     host = tensor.detach().contiguous().cpu()
     data = host.reshape(-1).view(torch.uint8).numpy().data if host.numel() else memoryview(b"")
     return first_frame(list(host.shape), dtype_name(host.dtype), data), later_frames(data)

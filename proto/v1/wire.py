@@ -73,14 +73,14 @@ def tensor_bytes(tensor: Tensor, limit_bytes: int = MAX_TENSOR_BYTES) -> int:
 
 
 def first_frame(shape: list[int], dtype: str, data: memoryview) -> Tensor:
-    """The Tensor message that opens `data`: its shape and first bytes."""
-    return Tensor(shape=shape, dtype=dtype, data=bytes(data[:FRAME_BYTES]))
+    """The Tensor message that opens `data`: its shape, and its bytes where they are few enough."""
+    return Tensor(shape=shape, dtype=dtype, data=bytes(data) if len(data) <= FRAME_BYTES else b"")
 
 
-def later_frames(data: memoryview) -> Iterator[bytes]:
-    """The bytes of `data` that `first_frame` left, frame by frame."""
-    for start in range(FRAME_BYTES, len(data), FRAME_BYTES):
-        yield bytes(data[start : start + FRAME_BYTES])
+def later_frames(data: memoryview) -> Iterator[memoryview]:
+    """The bytes of `data` that `first_frame` left, frame by frame, not copied."""
+    for start in range(0, len(data) if len(data) > FRAME_BYTES else 0, FRAME_BYTES):
+        yield data[start : start + FRAME_BYTES]
 
 
 class Assembly:
@@ -106,7 +106,7 @@ class Assembly:
         assert self.complete
         return self._data
 
-    def add(self, more: bytes) -> None:
+    def add(self, more: bytes | memoryview) -> None:
         if not isinstance(self._data, bytearray):
             self._data = bytearray(self._data)
         self._data += more

@@ -323,4 +323,4 @@ def _columns(tensor: Tensor) -> int:
 def _frames(tensor: torch.Tensor) -> tuple[Tensor, list[bytes]]:
     data = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
     head = wire.first_frame(list(tensor.shape), str(tensor.dtype).removeprefix("torch."), data)
-    return head, list(wire.later_frames(data))
+    return head, list(map(bytes, wire.later_frames(data)))
