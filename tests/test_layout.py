@@ -314,7 +314,7 @@ def test_already_quantized(llama: Checkpoint) -> None:
         (None, ["None", "is it a transformers checkpoint"]),
         (7, ["7"]),
         ("", ["''"]),
-        ("xglm", ["'xglm' has not been shown", "supported: bloom"]),
+        ("xglm", ["'xglm' has not been shown", "supported: apertus"]),
         ("bert", ["'bert' has not been shown"]),
     ],
 )
