@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format types unit soak gpu proto clean
+.PHONY: help venv demo test lint format types unit soak gpu proto families clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -58,6 +58,9 @@ proto: $(READY)  ## generate proto/v1 again from its .proto files
 	  $(addprefix shardlift/,$(wildcard proto/v1/*.proto))
 	cp gen/shardlift/proto/v1/* proto/v1/
 	rm -r gen
+
+families: $(READY)  ## write docs/families.md and the README's table again
+	$(BIN)/python -m tests.support.families_table
 
 clean:  ## remove all that was made here: .venv, caches, builds
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist gen *.egg-info

@@ -67,7 +67,7 @@ class DescribedModel:
         if self._config is None:
             from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-            values = json.loads(self._known().config_json or "{}")
+            values = json.loads(self._known().config_json or "{}", object_hook=_special_float)
             kind = values.get("model_type", "")
             config_class = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PreTrainedConfig  # noqa: SIM401 - its get() imports all
             self._config = config_class.from_dict(values)
@@ -227,3 +227,8 @@ _MODE_FIELDS = (
     *("constraints", "force_words_ids", "num_beams", "num_beam_groups", "do_sample", "top_k", "penalty_alpha"),
     *("use_mtp", "prompt_lookup_num_tokens", "assistant_early_exit", "dola_layers"),
 )
+
+
+def _special_float(value: dict[str, Any]) -> Any:
+    """transformers writes infinity into a config as {"__float__": "Infinity"}."""
+    return float(value["__float__"]) if set(value) == {"__float__"} else value

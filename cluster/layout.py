@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from ..proto.v1.errors import InvalidRequestError, TensorMismatchError, UnsupportedModelError
-from ..worker.anatomy import Cut, place_of
+from ..worker.anatomy import TEXT_PARTS, Cut, place_of
 from ..worker.quantization import describe_quantization
 from ..worker.records import DTYPES, TensorRecord
 from ..worker.skeleton import KeyMap, ParameterInfo, Skeleton, build_skeleton, parse_config, unmatched_keys
@@ -89,6 +89,8 @@ def lay_out(
         quantize_experts=quantize_experts,
     )
     infos = list(skeleton.parameters())
+    if part := TEXT_PARTS.get(str(config.get("model_type"))):
+        records = {key: record for key, record in records.items() if not key.startswith(part.others)}
     targets = _match(skeleton, infos, records)
     fetch: dict[str, int] = {}
     for key, target in targets.items():
@@ -152,14 +154,14 @@ def _lighter(quantization: Mapping[str, Any] | None) -> list[tuple[str, bool]]:
 
 
 def _workspace_bytes(skeleton: Skeleton, infos: Sequence[ParameterInfo]) -> int:
-    """What a stage needs while it computes: activations of one chunk of a prompt, and, for a chunk, the largest 4-bit
-    weight as it is multiplied with, since bitsandbytes unpacks it whole."""
+    """What a stage needs while it computes: activations of one chunk of a prompt, one row's states, and, for a chunk,
+    the largest 4-bit weight as it is multiplied with, since bitsandbytes unpacks it whole."""
     config = skeleton.model.config.get_text_config(decoder=True)
     hidden = config.hidden_size
     inner = max(getattr(config, "intermediate_size", None) or 0, getattr(config, "n_inner", None) or 0, 4 * hidden)
     item = ITEM_BYTES[dtype_name(skeleton.dtype)]
     # The residual stream, queries, keys and values, and both halves of a gated inner layer.
-    workspace = _CHUNK_TOKENS * (4 * hidden + 2 * inner) * item
+    workspace = _CHUNK_TOKENS * (4 * hidden + 2 * inner) * item + sum(skeleton.state_bytes_per_row())
     packed = [prod(info.shape) for info in infos if info.quantized == "4bit"]
     if packed:
         compute_dtype = skeleton.quantizer.quantization_config.bnb_4bit_compute_dtype

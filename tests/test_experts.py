@@ -27,7 +27,7 @@ from shardlift.worker.part_cache import PartCache, key_of
 from shardlift.worker.records import TensorRecord
 from shardlift.worker.residency import measure
 from shardlift.worker.skeleton import build_skeleton, parse_config
-from tests.support import ring
+from tests.support import checkpoints, ring
 from tests.support.checkpoints import tiny
 from tests.support.fingerprint import fingerprint
 from tests.test_families import check_decoding, check_forward, prompt
@@ -42,10 +42,32 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
 }
 # What a checkpoint calls an expert's projections.
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_AS_RESIDENT = ("model.layers.{layer}.mlp.experts.{expert}.{name}.weight", PROJECTIONS)
+_AS_IN_MIXTRAL = ("model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}.weight", ("w1", "w3", "w2"))
 NAMES = {
-    "mixtral": ("model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}.weight", ("w1", "w3", "w2")),
-    "qwen3_moe": ("model.layers.{layer}.mlp.experts.{expert}.{name}.weight", PROJECTIONS),
+    "deepseek_v2": _AS_RESIDENT,
+    "deepseek_v3": _AS_RESIDENT,
+    "dots1": _AS_RESIDENT,
+    "ernie4_5_moe": _AS_RESIDENT,
+    "exaone_moe": _AS_RESIDENT,
+    "flex_olmo": _AS_RESIDENT,
+    "glm4_moe": _AS_RESIDENT,
+    "glm4_moe_lite": _AS_RESIDENT,
+    "hunyuan_v1_moe": _AS_RESIDENT,
+    "hy_v3": _AS_RESIDENT,
+    "lfm2_moe": ("model.layers.{layer}.feed_forward.experts.{expert}.{name}.weight", ("w1", "w3", "w2")),
+    "minimax_m2": _AS_IN_MIXTRAL,
+    "mixtral": _AS_IN_MIXTRAL,
+    "olmoe": _AS_RESIDENT,
+    "phimoe": _AS_IN_MIXTRAL,
+    "qwen2_moe": _AS_RESIDENT,
+    "qwen3_5_moe_text": _AS_RESIDENT,
+    "qwen3_moe": _AS_RESIDENT,
+    "qwen3_next": _AS_RESIDENT,
+    "solar_open": _AS_RESIDENT,
 }
+# Their checkpoints hold a layer's experts in one, or with biases, or the experts have no gate.
+NOT_BY_EXPERTS = {"gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared", "llama4_text", "nemotron_h"}
 
 Checkpoints = Callable[..., Path]
 
@@ -125,9 +147,10 @@ def reference(folder: Path, family: str, config: BitsAndBytesConfig, skipped: tu
         return made.to("cpu")  # quantizes
 
     for layer, block in enumerate(model.model.layers):
-        if layer not in skipped:
-            experts = range(block.mlp.experts.num_experts)
-            block.mlp.experts = Loop([tuple(linear(layer, expert, name) for name in names) for expert in experts])
+        mixture = block.feed_forward if family == "lfm2_moe" else block.mlp
+        if layer not in skipped and hasattr(mixture, "experts"):
+            experts = range(mixture.experts.num_experts)
+            mixture.experts = Loop([tuple(linear(layer, expert, name) for name in names) for expert in experts])
     return model.eval()
 
 
@@ -147,6 +170,36 @@ async def test_logits_equal_one_process(checkpoint_of: Checkpoints, family: str,
                 await check_forward(pipeline, whole, ids, mask)
                 await check_decoding(pipeline, whole, ids, mask, (12, ids.shape[1] - 12), 8)
             await pipeline.idle()
+
+
+@pytest.mark.parametrize("family", sorted(set(NAMES) - set(FAMILIES)))
+async def test_logits_of_every_family_with_experts_equal_one_process(checkpoint_of: Checkpoints, family: str) -> None:
+    folder = checkpoint_of(family)
+    skip = checkpoints.FAMILIES[family].unquantized
+    config = config_of("nf4+double", llm_int8_skip_modules=["lm_head", *skip] if skip else None)
+    whole = reference(folder, family, config)
+    stages = ring.load(folder, (1,), quantization=config.to_dict(), dtype="bfloat16", quantize_experts=True)
+    assert any(isinstance(module, Experts4bit) for stage in stages for module in stage.model.modules())
+    async with ring.serve(stages) as pipeline:
+        for padded in (False, True):
+            ids, mask = prompt(padded=padded)
+            await check_forward(pipeline, whole, ids, mask)
+            await check_decoding(pipeline, whole, ids, mask, (12, ids.shape[1] - 12), 8)
+        await pipeline.idle()
+
+
+@pytest.mark.parametrize("family", sorted(checkpoints.FAMILIES))
+def test_whose_experts_can_be_quantized(checkpoint_of: Checkpoints, family: str) -> None:
+    checkpoint = read_checkpoint(CheckpointRequest(path=str(checkpoint_of(family))), None)
+    skeleton = build_skeleton(
+        parse_config(checkpoint.config),
+        dtype=torch.bfloat16,
+        quantization=config_of("nf4").to_dict(),
+        quantize_experts=True,
+    )
+    assert bool(skeleton.separate) == (family in NAMES)
+    merged = any(".experts." in name and parameter.ndim == 3 for name, parameter in skeleton.model.named_parameters())
+    assert merged == (family in {*NAMES, *NOT_BY_EXPERTS})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

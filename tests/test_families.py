@@ -6,12 +6,13 @@ Over one, two and three uneven stages, through real gRPC; prefill alone and in c
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, PreTrainedModel
 
-from shardlift.worker.anatomy import FAMILIES
+from shardlift.worker.anatomy import FAMILIES, TEXT_PARTS
 from tests.support import checkpoints, ring
 from tests.support.quantization import nf4
 
@@ -19,20 +20,33 @@ LENGTH = 21
 DECODED = 32
 CHUNKS = (12, 7, 2)
 CUTS: dict[str, tuple[int, ...]] = {"one stage": (), "two": (1,), "three": (1, 3)}
-CASES = [(family, None) for family in sorted(FAMILIES)] + [("llama", True)]
+Case = tuple[Path, BitsAndBytesConfig, PreTrainedModel]
+
+# What a family's models differ in, where it is seen around the layers or in the cache.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "opt-projected": ("opt", {"word_embed_proj_dim": 128, "do_layer_norm_before": False}),
+    "gpt_bigcode-multihead": ("gpt_bigcode", {"multi_query": False}),
+    "falcon-new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    # A stage of states alone, and one of keys and values alone.
+    "qwen3_next-rare": ("qwen3_next", {"full_attention_interval": 4}),
+    "falcon-alibi": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
+}
+CASES = {family: (family, {}) for family in sorted(FAMILIES)} | VARIANTS
 
 
 def test_every_supported_family_is_proven_here() -> None:
-    assert {family for family, _ in CASES} == set(checkpoints.FAMILIES) == set(FAMILIES)
+    assert {family for family, _ in CASES.values()} == set(checkpoints.FAMILIES) == set(FAMILIES)
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-tied" if case[1] else case[0])
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel]:
-    """A checkpoint, and the model that transformers makes of it in one process."""
-    family, tied = request.param
-    folder = checkpoints.tiny(family, tmp_path_factory.mktemp(family), tied=tied, layers=4, dtype="bfloat16")
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4(), dtype=torch.bfloat16)
-    return folder, model
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A checkpoint, how it is quantized, and the model that transformers makes of it in one process."""
+    family, config = request.param
+    folder = checkpoints.tiny(family, tmp_path_factory.mktemp(family), layers=4, dtype="bfloat16", **config)
+    quantization = nf4(skip=checkpoints.FAMILIES[family].unquantized)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.bfloat16)
+    return folder, quantization, model
 
 
 def prompt(*, padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,9 +58,9 @@ def prompt(*, padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("cut", CUTS)
-async def test_logits_and_tokens_equal_one_process(case: tuple[Path, PreTrainedModel], cut: str) -> None:
-    folder, whole = case
-    stages = ring.load(folder, CUTS[cut], quantization=nf4().to_dict(), dtype="bfloat16")
+async def test_logits_and_tokens_equal_one_process(case: Case, cut: str) -> None:
+    folder, quantization, whole = case
+    stages = ring.load(folder, CUTS[cut], quantization=quantization.to_dict(), dtype="bfloat16")
     assert len(stages) == len(CUTS[cut]) + 1
     async with ring.serve(stages) as pipeline:
         for padded in (False, True):
@@ -54,6 +68,24 @@ async def test_logits_and_tokens_equal_one_process(case: tuple[Path, PreTrainedM
             await check_forward(pipeline, whole, ids, mask)
             for chunks in ((LENGTH,), CHUNKS):
                 await check_decoding(pipeline, whole, ids, mask, chunks, DECODED if len(chunks) == 1 else 4)
+            await check_generate(pipeline, whole, ids, mask)
+        await pipeline.idle()
+
+
+@pytest.mark.parametrize("model_type", TEXT_PARTS)
+async def test_the_text_of_a_model_with_images(model_type: str, tmp_path: Path) -> None:
+    """As AutoModelForCausalLM makes it of the same files, and without a byte of the rest."""
+    folder = checkpoints.tiny_with_images(model_type, tmp_path)
+    quantization = nf4(skip=checkpoints.FAMILIES[TEXT_PARTS[model_type].model_type].unquantized)
+    whole = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.bfloat16)
+    specs = ring.specs(folder, (1, 3), quantization=quantization.to_dict(), dtype="bfloat16")
+    assert not [record.key for spec in specs for record in spec.records if "vis" in record.key]
+    stages = ring.load(folder, (1, 3), quantization=quantization.to_dict(), dtype="bfloat16")
+    async with ring.serve(stages) as pipeline:
+        for padded in (False, True):
+            ids, mask = prompt(padded=padded)
+            await check_forward(pipeline, whole, ids, mask)
+            await check_decoding(pipeline, whole, ids, mask, CHUNKS, 4)
             await check_generate(pipeline, whole, ids, mask)
         await pipeline.idle()
 

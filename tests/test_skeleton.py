@@ -58,6 +58,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
         (conversion_mapping.get_model_conversion_mapping, ["model", "key_mapping", "hf_quantizer"]),
         (get_hf_quantizer, ["config", "quantization_config", "device_map", "weights_only", "user_agent"]),
         (PreTrainedModel._get_dtype_plan, ["self", "dtype"]),
+        (transformers.PreTrainedConfig._decode_special_floats, ["obj"]),
         (PreTrainedModel._finalize_model_loading, ["model", "load_config", "loading_info"]),
         (PreTrainedModel._adjust_missing_and_unexpected_keys, ["self", "loading_info"]),
         (transformers.GenerationMixin._update_model_kwargs_for_generation, ["self", "outputs", "model_kwargs"]),

@@ -138,6 +138,9 @@ class Decoding:
         self._kwargs = prepared.model_kwargs
         # The stages keep their own caches; transformers' empty one goes.
         self._kwargs.pop("past_key_values", None)
+        if self._kwargs.get("position_ids") is None:
+            # A model with alibi takes none, but a pass has some.
+            self._kwargs["position_ids"] = torch.arange(self._input_ids.shape[1], device=device)[None]
         self._use_cache = bool(self._kwargs["use_cache"])
         _check_mode(self._config)
         self._output_logits = output_logits

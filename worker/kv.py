@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from ..proto.v1.errors import UnsupportedModelError
 from .anatomy import Cut
@@ -49,6 +49,20 @@ class _ElsewhereSlidingLayer(DynamicSlidingWindowLayer):
         pass
 
 
+class _ElsewhereLinearLayer(LinearAttentionLayer):
+    """The same for a layer that keeps states in place of keys and values: it has no length, only a past or none."""
+
+    def advance(self, tokens: int) -> None:
+        self.has_previous_state: dict[int, bool] = dict.fromkeys(range(self.number_of_states), True)
+
+
+class _ElsewhereNothing(DummyLayer):
+    """The same for a layer that keeps nothing anywhere."""
+
+    def advance(self, tokens: int) -> None:
+        pass
+
+
 class StageCache:
     """`cache` is what a model's forward takes as `past_key_values`; call `advance` after each forward."""
 
@@ -87,17 +101,24 @@ class StageCache:
             self.length = length
 
     def can_keep(self, length: int) -> bool:
-        """Whether `keep` is possible. A window that has moved on has lost what it would have to hold again.
+        """Whether `keep` is possible. A window that has moved on has lost what it would have to hold again, and a state
+        what it was.
 
         The same on every stage: layers of other stages count too.
         """
-        windows = [layer.sliding_window for layer in self.cache.layers if layer.is_sliding]
-        return length >= self.length or self.length < min(windows, default=self.length + 1)
+        if length >= self.length:
+            return True
+        if any(isinstance(layer, LinearAttentionLayer) for layer in self.cache.layers):
+            return False
+        windows = [layer.sliding_window for layer in self.cache.layers if getattr(layer, "is_sliding", False)]
+        return self.length < min(windows, default=self.length + 1)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Row i becomes what row rows[i] was."""
         for layer in self.cache.layers:
-            if layer.is_initialized or layer in self._elsewhere:
+            if isinstance(layer, LinearAttentionLayer):
+                layer.reorder_cache(rows)
+            elif layer.is_initialized or layer in self._elsewhere:
                 layer.batch_select_indices(rows)
 
     @property
@@ -107,10 +128,13 @@ class StageCache:
 
     @property
     def size_bytes(self) -> int:
-        """Device bytes of keys and values, counted by storage: a window keeps what it is a view of."""
+        """Device bytes of keys, values and states, counted by storage: a window keeps what it is a view of."""
         storages = {}
         for layer in self.cache.layers:
-            for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            kept = [getattr(layer, "keys", None), getattr(layer, "values", None)]
+            if isinstance(layer, LinearAttentionLayer):
+                kept += [*layer.conv_states.values(), *layer.recurrent_states.values()]
+            for tensor in kept:
                 if isinstance(tensor, torch.Tensor) and tensor.numel():
                     storage = tensor.untyped_storage()
                     storages[storage.data_ptr()] = storage.nbytes()
@@ -122,4 +146,8 @@ def _elsewhere(layer: Any) -> Any:
         return _ElsewhereLayer()
     if type(layer) is DynamicSlidingWindowLayer:
         return _ElsewhereSlidingLayer(sliding_window=layer.sliding_window)
+    if type(layer) is LinearAttentionLayer:
+        return _ElsewhereLinearLayer(number_of_states=layer.number_of_states)
+    if type(layer) is DummyLayer:
+        return _ElsewhereNothing()
     raise UnsupportedModelError(f"a pipeline can't yet keep a cache layer of kind {type(layer).__name__}")

@@ -23,7 +23,7 @@ from .admission import Ticket
 from .generation import Decoding, Forward
 from .links import StepKey
 from .pipeline import IncomingStep, StagePipeline, Then
-from .stage import StepInput
+from .stage import ResidentStage, StepInput
 from .tensors import check_ids, from_message, to_frames
 from .trial import depends_on_the_longest
 
@@ -153,7 +153,7 @@ class RingSession:
         self, request: inference_pb2.ForwardRequest, *, cached: bool
     ) -> AsyncIterator[inference_pb2.ForwardResponse]:
         """Runs the pass that is asked for; gives its logits, message by message."""
-        step = _step_input(request, self.length, cached=cached)
+        step = _step_input(request, self.length, self._pipeline.stage, cached=cached)
         if request.without_logits:
             await self.forward(step, logits_to_keep=1, then=lambda logits: None)
             yield inference_pb2.ForwardResponse(logits=Tensor(shape=[0], dtype="float32"))
@@ -388,7 +388,7 @@ def _generated(request: inference_pb2.GenerateRequest, rows: int) -> torch.Tenso
     return generated
 
 
-def _step_input(request: inference_pb2.ForwardRequest, past: int, *, cached: bool) -> StepInput:
+def _step_input(request: inference_pb2.ForwardRequest, past: int, stage: ResidentStage, *, cached: bool) -> StepInput:
     input_ids = check_ids("input_ids", from_message(request.input_ids))
     batch, length = input_ids.shape
     attention_mask = _mask(request.attention_mask) if request.HasField("attention_mask") else None
@@ -403,8 +403,7 @@ def _step_input(request: inference_pb2.ForwardRequest, past: int, *, cached: boo
                 f"position_ids has shape {list(position_ids.shape)}; the new tokens need {[batch, length]}"
             )
     else:
-        # As every model of transformers counts where it is given none.
-        position_ids = torch.arange(past, past + length)[None]
+        position_ids = stage.positions(attention_mask, past, length)
     return StepInput(
         input=input_ids,
         attention_mask=attention_mask,

@@ -48,7 +48,7 @@ from ..proto.v1.errors import (
     UnsupportedModelError,
     one_line,
 )
-from .anatomy import Anatomy, Cut, Place, anatomy_of, place_of
+from .anatomy import TEXT_PARTS, Anatomy, Cut, Place, anatomy_of, place_of
 from .experts import PROJECTIONS, Experts4bit, by_expert, is_separable
 from .merge import MergedParameter, first_rows
 from .serialized import restore
@@ -59,6 +59,11 @@ from .timeline import QUANTIZE, Timeline
 _MORE_INFO: dict[str, Any] = (
     {"skipped_pp_keys": set()} if "skipped_pp_keys" in LoadStateDictInfo.__annotations__ else {}
 )
+
+
+# Of a config's `layer_types`: those whose layers keep a state in place of keys and values, and those that keep neither.
+_STATE_KINDS = ("conv", "linear_attention")
+_KINDS_WITHOUT_KEYS = (*_STATE_KINDS, "mlp", "moe")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +98,7 @@ class Skeleton:
 
     @property
     def base(self) -> nn.Module:
-        return getattr(self.model, self.anatomy.base)
+        return self.model.get_submodule(self.anatomy.base)
 
     @property
     def num_layers(self) -> int:
@@ -179,10 +184,45 @@ class Skeleton:
         config = self.model.config.get_text_config(decoder=True)
         if latent := getattr(config, "kv_lora_rank", None):
             # Multi-head latent attention keeps one compressed vector, and the rotary part of the keys.
-            return [latent + config.qk_rope_head_dim] * self.num_layers
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return [2 * heads * head_dim] * self.num_layers
+            elements = latent + config.qk_rope_head_dim
+        else:
+            if getattr(config, "new_decoder_architecture", False):
+                heads = config.num_attention_heads  # Falcon repeats keys and values before it keeps them
+            elif getattr(config, "multi_query", False):
+                heads = 1
+            else:
+                heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            elements = 2 * heads * head_dim
+        return [0 if kind in _KINDS_WITHOUT_KEYS else elements for kind in self._layer_kinds()]
+
+    def state_bytes_per_row(self) -> list[int]:
+        """Bytes that each layer keeps for one row however long it is: what a linear layer has in place of keys.
+
+        The last inputs of its convolution, and a float32 matrix for each head where it is recurrent.
+        """
+        config = self.model.config.get_text_config(decoder=True)
+        recurrent = 0
+        if heads := getattr(config, "linear_num_value_heads", None):
+            recurrent = heads * config.linear_key_head_dim * config.linear_value_head_dim
+        elif heads := getattr(config, "mamba_n_heads", None):
+            recurrent = heads * config.mamba_d_head * config.mamba_d_state
+        elif heads := getattr(config, "mamba_num_heads", None):
+            recurrent = heads * config.mamba_head_dim * config.ssm_state_size
+        states = []
+        for layer, kind in zip(getattr(self.base, self.anatomy.layers), self._layer_kinds(), strict=True):
+            inputs = sum(
+                module.out_channels * module.kernel_size[0]
+                for module in layer.modules()
+                if isinstance(module, nn.Conv1d)
+            )
+            states.append(inputs * self.dtype.itemsize + 4 * recurrent if kind in _STATE_KINDS else 0)
+        return states
+
+    def _layer_kinds(self) -> list[str]:
+        """transformers' words for them; "" for each where the config has none."""
+        kinds = getattr(self.model.config.get_text_config(decoder=True), "layer_types", None)
+        return list(kinds or [""] * self.num_layers)
 
     @property
     def head_is_tied(self) -> bool:
@@ -191,7 +231,10 @@ class Skeleton:
 
 
 def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
-    """A `config.json` as transformers' config object. Raises UnsupportedModelError, InvalidRequestError."""
+    """A `config.json` as transformers' config object; of a model with images, its text's, as AutoModelForCausalLM does.
+
+    Raises UnsupportedModelError, InvalidRequestError.
+    """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         architectures = config.get("architectures")
@@ -199,9 +242,12 @@ def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
             f"config.json names model type {model_type!r} (architectures {architectures}), which the installed "
             "transformers doesn't know: is it a transformers checkpoint, or does it need a newer release?"
         )
-    anatomy_of(model_type)
+    part = TEXT_PARTS.get(model_type)
+    anatomy_of(model_type if part is None else part.model_type)
     try:
-        return CONFIG_MAPPING[model_type].from_dict(dict(config))
+        # A file has infinity as an object of its own, which transformers resolves as it reads one.
+        parsed = CONFIG_MAPPING[model_type].from_dict(PreTrainedConfig._decode_special_floats(dict(config)))
+        return parsed if part is None else parsed.get_text_config()
     except Exception as error:
         raise InvalidRequestError(f"config.json is not a valid {model_type} config: {one_line(error)}") from error
 
@@ -386,6 +432,13 @@ class _PassThrough(nn.Module):
         return args[0] if args else next(iter(kwargs.values()))
 
 
+class _PassThroughLayer(_PassThrough):
+    """The same for a layer that gives its output as the first entry of a tuple."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return (super().forward(*args, **kwargs),)
+
+
 class _Zero(nn.Module):
     """Stands for an embedding that the first stage has already added."""
 
@@ -414,7 +467,9 @@ def cut_skeleton(skeleton: Skeleton, cut: Cut) -> None:
     layers = getattr(base, anatomy.layers)
     for index in range(len(layers)):
         if absent(Place(part="layer", layer=index)):
-            layers[index] = _PassThrough()
+            whole, layers[index] = layers[index], _PassThroughLayer() if anatomy.layers_give_tuples else _PassThrough()
+            for name in anatomy.asked_of_layers:
+                setattr(layers[index], name, getattr(whole, name))
     if absent(Place(part="embedding")):
         setattr(base, anatomy.embedding, _PassThrough())
     if absent(Place(part="before")):

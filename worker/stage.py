@@ -51,11 +51,12 @@ class ResidentStage:
         self.model = model
         self.cut = cut
         self.device = torch.device(device)
-        self._base = getattr(model, anatomy.base)
+        self._base = model.get_submodule(anatomy.base)
         config = model.config.get_text_config(decoder=True)
         self.vocabulary: int = config.vocab_size
+        self._counts_by_mask = anatomy.counts_by_mask
         # Rotary positions have no end; learned ones are rows of a table.
-        self._positions: int | None = config.max_position_embeddings if anatomy.additive else None
+        self._positions: int | None = getattr(config, anatomy.positions) if anatomy.positions else None
         self._config = config
         self._breathe: Callable[[], None] = lambda: None
         for layer in getattr(self._base, anatomy.layers)[cut.first : cut.end]:
@@ -74,7 +75,8 @@ class ResidentStage:
         if int(ids.min()) < 0 or int(ids.max()) >= self.vocabulary:
             worst = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
             raise InvalidRequestError(f"token id {worst} is outside the vocabulary of {self.vocabulary}")
-        if int(positions.min()) < 0 or (self._positions is not None and int(positions.max()) >= self._positions):
+        least = -1 if self._counts_by_mask else 0
+        if int(positions.min()) < least or (self._positions is not None and int(positions.max()) >= self._positions):
             raise InvalidRequestError(
                 f"position {int(positions.max())} is outside the model's {self._positions} positions: shorten the input"
             )
@@ -87,6 +89,12 @@ class ResidentStage:
         if self.device.type == "cuda" and inputs and inputs[0].shape[:2].numel() >= _LONG_TOKENS:
             torch.cuda.current_stream(self.device).synchronize()
         self._breathe()
+
+    def positions(self, attention_mask: torch.Tensor | None, past: int, length: int) -> torch.Tensor:
+        """int64 [B or 1, length] of tokens after `past` others, as the model counts where it is given none."""
+        if attention_mask is None or not self._counts_by_mask:
+            return torch.arange(past, past + length)[None]
+        return (attention_mask.cumsum(-1) * attention_mask - 1)[:, past:]
 
     def new_cache(self) -> StageCache:
         return StageCache(self.model.config, self.cut)

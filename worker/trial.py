@@ -28,7 +28,7 @@ _TOLERANCE = 0.05
 def try_batches(stage: ResidentStage) -> None:
     """Sets `stage.can_batch` and `stage.is_row_blind`. To be called on the thread that computes."""
     stage.can_batch = stage.is_row_blind = False
-    if depends_on_the_longest(stage):
+    if depends_on_the_longest(stage) or _attends_in_chunks(stage):
         return
     _, alone_caches = _sessions(stage)
     _, caches = _sessions(stage)
@@ -56,6 +56,12 @@ def depends_on_the_longest(stage: ResidentStage) -> bool:
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
+
+
+def _attends_in_chunks(stage: ResidentStage) -> bool:
+    """Whether some layers see what lies in a token's own chunk: to the cache that is a window, to the mask it isn't."""
+    kinds = getattr(stage.model.config.get_text_config(decoder=True), "layer_types", None)
+    return "chunked_attention" in (kinds or ())
 
 
 def _sessions(stage: ResidentStage) -> tuple[list[torch.Tensor], list[StageCache]]:
