@@ -205,11 +205,14 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[inference_pb2.SessionResponse]:
         session: relay.SessionRelay | None = None
         try:
-            async for request in request_iterator:
+            requests = aiter(request_iterator)
+            request = await anext(requests, None)
+            while request is not None:
                 if session is None:
                     session = relay.SessionRelay(self._registry, request.model, context, request.idle_timeout_s)
                 async for response in session.act(request):
                     yield response
+                request = await session.next_of(requests)
         except Exception as error:
             await _abort(context, error)
         finally:

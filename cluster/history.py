@@ -18,11 +18,11 @@ from ..worker.tensors import from_message, to_message
 class _Pass:
     """ids, positions: int64 [B, T]. mask: bool [B, T], what it added to the mask.
 
-    one_by_one: its tokens came singly.
+    positions: None where the model counted them itself, and will again. one_by_one: its tokens came singly.
     """
 
     ids: torch.Tensor
-    positions: torch.Tensor
+    positions: torch.Tensor | None
     mask: torch.Tensor
     one_by_one: bool
 
@@ -33,7 +33,7 @@ class _Pass:
     def first(self, length: int) -> _Pass:
         return _Pass(
             ids=self.ids[:, :length],
-            positions=self.positions[:, :length],
+            positions=None if self.positions is None else self.positions[:, :length],
             mask=self.mask[:, :length],
             one_by_one=self.one_by_one,
         )
@@ -42,7 +42,7 @@ class _Pass:
         chosen = list(rows)
         return _Pass(
             ids=self.ids[chosen],
-            positions=self.positions[chosen],
+            positions=None if self.positions is None else self.positions[chosen],
             mask=self.mask[chosen],
             one_by_one=self.one_by_one,
         )
@@ -78,11 +78,10 @@ class History:
         mask = torch.ones_like(ids, dtype=torch.bool)
         if request.HasField("attention_mask"):
             mask = self._learn(from_message(request.attention_mask).bool())[:, past:]
+        positions = None
         if request.HasField("position_ids"):
-            positions = from_message(request.position_ids).long()
-        else:
-            positions = torch.arange(past, past + ids.shape[1])[None]
-        self._append(ids, positions.expand(ids.shape[0], -1), mask, one_by_one=False)
+            positions = from_message(request.position_ids).long().expand(ids.shape[0], -1)
+        self._append(ids, positions, mask, one_by_one=False)
 
     def add_generation(self, request: inference_pb2.GenerateRequest, rows: int, steps: Sequence[Sequence[int]]) -> None:
         """A generation that gave `steps` (tokens of each row); all but the last are cached. rows: after expansion."""
@@ -114,7 +113,7 @@ class History:
             yield inference_pb2.ForwardRequest(
                 input_ids=to_message(each.ids),
                 attention_mask=None if bool(mask.all()) else to_message(mask),
-                position_ids=to_message(each.positions),
+                position_ids=None if each.positions is None else to_message(each.positions),
                 use_cache=True,
                 without_logits=True,
                 one_by_one=each.one_by_one,
@@ -129,5 +128,7 @@ class History:
             start += each.length
         return mask
 
-    def _append(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, *, one_by_one: bool) -> None:
+    def _append(
+        self, ids: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor, *, one_by_one: bool
+    ) -> None:
         self._passes.append(_Pass(ids=ids, positions=positions, mask=mask, one_by_one=one_by_one))

@@ -11,21 +11,22 @@ import asyncio
 import secrets
 import uuid
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
 
 from ..proto.v1 import inference_pb2
-from ..proto.v1.errors import InternalError, InvalidRequestError, ModelUnavailableError
+from ..proto.v1.errors import InternalError, InvalidRequestError, ModelUnavailableError, SessionExpiredError
 from ..proto.v1.tensor_pb2 import Tensor
 from ..proto.v1.wire import Assembly
 from ..worker.service import EPOCH_HEADER, SESSION_HEADER
-from ..worker.tensors import from_message
+from ..worker.tensors import check_ids, from_message
 from .history import History
 from .registry import Registry
 from .route import Route
 
+Request = TypeVar("Request")
 # Losses in a row without a step between them: whatever it is that a request does to workers, it ends here.
 _MOST_LOSSES = 3
 
@@ -139,7 +140,7 @@ def _given(request: inference_pb2.GenerateRequest) -> list[list[int]]:
     """The steps that the request says it has had."""
     if not request.HasField("generated") or not request.generated.data:
         return []
-    tokens: list[list[int]] = from_message(request.generated).T.tolist()
+    tokens: list[list[int]] = check_ids("generated", from_message(request.generated)).T.tolist()
     return tokens
 
 
@@ -168,6 +169,24 @@ class SessionRelay:
     async def close(self) -> None:
         if self._call is not None:
             self._call.cancel()
+
+    async def next_of(self, requests: AsyncIterator[Request]) -> Request | None:
+        """The client's next request, or None after its last. Raises SessionExpiredError as soon as the stage does."""
+        coming = asyncio.ensure_future(anext(requests, None))
+        call = self._call
+        ended = asyncio.ensure_future(_failure(call)) if call is not None else None
+        try:
+            await asyncio.wait([coming, ended] if ended else [coming], return_when=asyncio.FIRST_COMPLETED)
+            failure = ended.result() if ended is not None and not coming.done() else None
+            if failure is not None:
+                explained = (await self._way.route()).explain(failure)
+                if isinstance(explained, SessionExpiredError):
+                    raise explained
+            return await coming
+        finally:
+            for task in (coming, ended):
+                if task is not None:
+                    task.cancel()
 
     async def act(self, request: inference_pb2.SessionRequest) -> AsyncIterator[inference_pb2.SessionResponse]:
         """The answers to one action, `done` the last; each once, whatever happens to the stages."""
@@ -235,6 +254,16 @@ class SessionRelay:
             self._history.add_generation(request.generate, rows, steps)
 
 
+async def _failure(call: Any) -> grpc.aio.AioRpcError | None:
+    """What a call ends with, when it ends; None where it was cancelled here."""
+    code, details = await call.code(), await call.details()
+    if code is grpc.StatusCode.CANCELLED:
+        return None
+    return grpc.aio.AioRpcError(
+        code, await call.initial_metadata(), await call.trailing_metadata(), details, call.debug_error_string()
+    )
+
+
 async def _answers(call: Any) -> AsyncIterator[list[inference_pb2.SessionResponse]]:
     """An action's messages up to `done`; a generation's steps with all that belongs to them."""
     together: list[inference_pb2.SessionResponse] = []
@@ -281,7 +310,7 @@ async def forward(
             else:
                 async for response in _once(way, request):
                     yield response
-            request = await anext(later, None)
+            request = await session.next_of(later)
     finally:
         await session.close()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -11,13 +13,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 import ray
 import torch
 
 import shardlift
 from shardlift.client.handle import RemoteModel
-from shardlift.proto.v1 import errors
+from shardlift.proto.v1 import errors, inference_pb2, inference_pb2_grpc
+from shardlift.proto.v1.status import from_rpc_error
+from shardlift.proto.v1.tensor_pb2 import Tensor
 from tests.support import checkpoints
 from tests.support.cluster import RunningCluster, eventually
 from tests.support.hub import HubServer, RequestInfo, Stall
@@ -71,6 +76,61 @@ def test_a_generation_that_is_left_frees_its_caches(model: RemoteModel, cluster:
     assert all(count == 1 and size > 0 for count, size in sessions(cluster))
     running.close()
     eventually(lambda: sessions(cluster) == [(0, 0)] * 3, "keys and values are left", timeout_s=5)
+
+
+def test_a_deadline_ends_a_generation_on_every_stage(model: RemoteModel, cluster: RunningCluster) -> None:
+    ids = Tensor(shape=[1, 3], dtype="int64", data=b"".join(number.to_bytes(8, "little") for number in (5, 6, 7)))
+    request = inference_pb2.GenerateRequest(model="interrupted", input_ids=ids)
+    request.generation.update({"max_new_tokens": 50_000})
+    with grpc.insecure_channel(cluster.gateway) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            for _ in stub.Generate(request, timeout=1.0):
+                pass
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    eventually(lambda: sessions(cluster) == [(0, 0)] * 3, "keys and values are left", timeout_s=5)
+
+
+def test_an_idle_session_ends_by_itself(model: RemoteModel, cluster: RunningCluster) -> None:
+    """The client is told so when it happens, not when it comes back."""
+    ids = Tensor(shape=[1, 1], dtype="int64", data=bytes(8))
+    asked: queue.SimpleQueue[inference_pb2.SessionRequest | None] = queue.SimpleQueue()
+    asked.put(
+        inference_pb2.SessionRequest(
+            model="interrupted", idle_timeout_s=0.5, forward=inference_pb2.ForwardRequest(input_ids=ids)
+        )
+    )
+    with grpc.insecure_channel(cluster.gateway) as channel:
+        call = inference_pb2_grpc.InferenceServiceStub(channel).Session(iter(asked.get, None), timeout=30)
+        with pytest.raises(grpc.RpcError) as caught:
+            for _ in call:
+                pass
+        asked.put(None)
+    assert isinstance(from_rpc_error(caught.value, cluster.gateway), errors.SessionExpiredError)
+    eventually(lambda: sessions(cluster) == [(0, 0)] * 3, "keys and values are left", timeout_s=5)
+    with model.session(idle_timeout_s=0.5) as session:
+        session.generate(IDS, max_new_tokens=3)
+        time.sleep(1.5)
+        with pytest.raises(errors.SessionExpiredError, match="idle"):
+            session.generate(IDS, max_new_tokens=3)
+
+
+def test_two_models_are_used_at_once(model: RemoteModel, cluster: RunningCluster, tmp_path: Path) -> None:
+    folder = checkpoints.tiny("gpt2", tmp_path, dtype="bfloat16", seed=3)
+    with shardlift.connect(cluster.gateway) as client:
+        other = client.load(str(folder), name="other", num_stages=2)
+        try:
+            expected = [each.generate(IDS, max_new_tokens=60, do_sample=False) for each in (model, other)]
+            assert not torch.equal(*expected)
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                futures = [
+                    pool.submit(each.generate, IDS, max_new_tokens=60, do_sample=False) for each in (model, other) * 2
+                ]
+                for future, tokens in zip(futures, expected * 2, strict=True):
+                    assert torch.equal(future.result(60), tokens)
+        finally:
+            other.unload()
+    assert model.info().state == "ready"
 
 
 def test_a_client_that_is_killed_frees_its_caches(model: RemoteModel, cluster: RunningCluster) -> None:
