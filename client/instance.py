@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..proto.v1 import status
-from ..proto.v1.errors import GatewayUnavailableError, InternalError, InvalidRequestError
+from ..proto.v1.errors import GatewayUnavailableError, InternalError, InvalidRequestError, ShardliftError
 from . import channel
 
 START_TIMEOUT_S = 180.0
@@ -157,21 +157,25 @@ def stop() -> Instance | None:
         return instance
 
 
-def keep(on_change: Callable[[Instance | GatewayUnavailableError], None], **options: Any) -> None:
+def keep(on_change: Callable[[Instance | ShardliftError], None], **options: Any) -> None:
     """As `start`, with its arguments, but stays: a gateway that has gone is started again, and a cluster that isn't
     there is waited for. KeyboardInterrupt ends it, and stops the gateway.
 
-    `on_change` is told of each start, and of each that failed for now. Raises what a start failed with for good, and
-    what the stop failed with.
+    `on_change` is told of each start, and of each that failed for now. Raises what the first start failed with for
+    good, and what the stop failed with.
     """
+    was_up = False
     try:
         while True:
             try:
                 running = start(**options)
-            except GatewayUnavailableError as error:
+            except ShardliftError as error:
+                if not was_up and not isinstance(error, GatewayUnavailableError):
+                    raise
                 on_change(error)
                 time.sleep(_RETRY_S)
                 continue
+            was_up = True
             on_change(running)
             _watch(running)
     except KeyboardInterrupt:

@@ -1159,23 +1159,26 @@ def test_a_gateway_that_is_kept_is_started_again(tmp_path: Path, monkeypatch: py
         gateway = stack.enter_context(ScriptedGateway())
         absent = json.dumps({"error": "GatewayUnavailableError", "message": "no Ray cluster answers at a:1"})
         ready = json.dumps({"address": gateway.address, "ray_address": "a:1"})
-        seen = tmp_path / "seen"
-        script = f"test -e {seen} || {{ touch {seen}; echo '{absent}'; exit 1; }}; echo '{ready}'"
+        taken = json.dumps({"error": "InvalidRequestError", "message": "port 50051 is taken"})
+        said = tmp_path / "said"
+        said.write_text("\n".join([absent, ready, taken, ready]) + "\n")
+        script = f"head -n 1 {said}; sed -i 1d {said}"
         arguments = fake_python(tmp_path, monkeypatch, script)
 
         def tell(what: Any) -> None:
             told.append(what)
             if len(told) == 2:
                 stack.close()  # it has gone
-            elif len(told) == 3:
+            elif len(told) == 4:
                 raise KeyboardInterrupt  # as Ctrl-C and SIGTERM do, at any moment
 
         instance.keep(tell, ray_address="a:1")
-    unavailable, first, again = told
+    unavailable, first, refused, again = told
     assert isinstance(unavailable, errors.GatewayUnavailableError)
+    assert isinstance(refused, errors.InvalidRequestError), "what was up once is worth another try"
     assert first == again == instance.Instance(address=gateway.address, ray_address="a:1")
     up = "-m shardlift.cluster.up --json --ray-address a:1"
-    assert arguments.read_text().splitlines() == [up, up, up, "-m shardlift.cluster.down --json"]
+    assert arguments.read_text().splitlines() == [up, up, up, up, "-m shardlift.cluster.down --json"]
     assert instance.recorded() is None
 
 

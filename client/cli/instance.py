@@ -6,7 +6,7 @@ import signal
 
 import click
 
-from ...proto.v1.errors import GatewayUnavailableError, one_line
+from ...proto.v1.errors import ShardliftError, one_line
 from .. import instance
 from .common import as_json, print_json
 
@@ -35,8 +35,8 @@ def up(
     """Starts a gateway, on this machine or on a Ray cluster, and prints its address."""
     options = {"host": host, "port": port, "ray_address": ray_address, "num_cpus": num_cpus, "num_gpus": num_gpus}
 
-    def tell(what: instance.Instance | GatewayUnavailableError) -> None:
-        if isinstance(what, GatewayUnavailableError):
+    def tell(what: instance.Instance | ShardliftError) -> None:
+        if isinstance(what, ShardliftError):
             click.echo(f"waiting: {one_line(what)}", err=True)
         elif json_:
             values = {"address": what.address, "pid": what.pid}
