@@ -14,19 +14,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..proto.v1 import status
-from ..proto.v1.errors import GatewayUnavailableError, InternalError, InvalidRequestError
+from ..proto.v1.errors import GatewayUnavailableError, InternalError, InvalidRequestError, ShardliftError
 from . import channel
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 120.0
 _HEALTH_TIMEOUT_S = 2.0
 _POLL_S = 0.05
+# Of a gateway that is kept: Ray brings back one whose process has died, within seconds.
+_WATCH_S = 2.0
+_MISSES = 5
+_RETRY_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +155,39 @@ def stop() -> Instance | None:
             raise _failure(done.stdout, done.stderr, "the local instance did not stop")
         _forget(instance)
         return instance
+
+
+def keep(on_change: Callable[[Instance | ShardliftError], None], **options: Any) -> None:
+    """As `start`, with its arguments, but stays: a gateway that has gone is started again, and a cluster that isn't
+    there is waited for. KeyboardInterrupt ends it, and stops the gateway.
+
+    `on_change` is told of each start, and of each that failed for now. Raises what the first start failed with for
+    good, and what the stop failed with.
+    """
+    was_up = False
+    try:
+        while True:
+            try:
+                running = start(**options)
+            except ShardliftError as error:
+                if not was_up and not isinstance(error, GatewayUnavailableError):
+                    raise
+                on_change(error)
+                time.sleep(_RETRY_S)
+                continue
+            was_up = True
+            on_change(running)
+            _watch(running)
+    except KeyboardInterrupt:
+        stop()
+
+
+def _watch(running: Instance) -> None:
+    """Returns once the gateway has gone."""
+    misses = 0
+    while misses < _MISSES:
+        time.sleep(_WATCH_S)
+        misses = 0 if _answers(running.address) else misses + 1
 
 
 def last_json_line(text: str) -> dict[str, Any] | None:

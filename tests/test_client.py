@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import json
@@ -1263,6 +1264,44 @@ def test_start_and_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert arguments.read_text().splitlines()[1:] == ["-m shardlift.cluster.down --json"]
         assert instance.find() is None
         assert instance.stop() is None
+
+
+def test_a_gateway_that_is_kept_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_WATCH_S", "_RETRY_S"):
+        monkeypatch.setattr(instance, name, 0.01)
+    told: list[Any] = []
+    with contextlib.ExitStack() as stack:
+        gateway = stack.enter_context(ScriptedGateway())
+        absent = json.dumps({"error": "GatewayUnavailableError", "message": "no Ray cluster answers at a:1"})
+        ready = json.dumps({"address": gateway.address, "ray_address": "a:1"})
+        taken = json.dumps({"error": "InvalidRequestError", "message": "port 50051 is taken"})
+        said = tmp_path / "said"
+        said.write_text("\n".join([absent, ready, taken, ready]) + "\n")
+        script = f"head -n 1 {said}; sed -i 1d {said}"
+        arguments = fake_python(tmp_path, monkeypatch, script)
+
+        def tell(what: Any) -> None:
+            told.append(what)
+            if len(told) == 2:
+                stack.close()  # it has gone
+            elif len(told) == 4:
+                raise KeyboardInterrupt  # as Ctrl-C and SIGTERM do, at any moment
+
+        instance.keep(tell, ray_address="a:1")
+    unavailable, first, refused, again = told
+    assert isinstance(unavailable, errors.GatewayUnavailableError)
+    assert isinstance(refused, errors.InvalidRequestError), "what was up once is worth another try"
+    assert first == again == instance.Instance(address=gateway.address, ray_address="a:1")
+    up = "-m shardlift.cluster.up --json --ray-address a:1"
+    assert arguments.read_text().splitlines() == [up, up, up, up, "-m shardlift.cluster.down --json"]
+    assert instance.recorded() is None
+
+
+def test_a_gateway_that_cannot_be_kept_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = json.dumps({"error": "InvalidRequestError", "message": "port 50051 is taken"})
+    fake_python(tmp_path, monkeypatch, f"echo '{said}'; exit 1")
+    with pytest.raises(errors.InvalidRequestError, match="port 50051 is taken"):
+        instance.keep(lambda _: None)
 
 
 def test_in_a_ray_job_the_jobs_cluster_is_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

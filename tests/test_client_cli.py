@@ -514,6 +514,29 @@ def test_a_wrong_command_line_is_exit_code_2() -> None:
     assert (done.returncode, done.stdout) == (2, "")
 
 
+def test_sigterm_stops_a_gateway_that_is_kept(gateway: ScriptedGateway, tmp_path: Path) -> None:
+    ready = json.dumps({"address": gateway.address, "ray_address": "a:1"})
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/arguments\necho '{ready}'\n")
+    program.chmod(0o755)
+    code = f"import sys; sys.executable = {str(program)!r}; from shardlift.client.cli.main import main; main()"
+    arguments = ("up", "--ray-address", "a:1", "--block")
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == f"{gateway.address}\n"
+            process.terminate()
+            _, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert (process.returncode, err) == (0, "")
+    up, down = (tmp_path / "arguments").read_text().splitlines()
+    assert up == "-m shardlift.cluster.up --json --ray-address a:1"
+    assert down == "-m shardlift.cluster.down --json"
+
+
 def test_ctrl_c_cancels_a_load(gateway: ScriptedGateway) -> None:
     def play(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         yield LOAD[0]

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,9 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.support import checkpoints
+from tests.support.ray_start import BIN, free_port, running, submit
 
 HOST = "127.0.0.5"
-BIN = Path(sys.executable).parent
 
 FRESH_PROCESS = """
 import json, sys, shardlift
@@ -33,21 +29,15 @@ assert "ray" not in sys.modules
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
     """A head node as `ray start` makes it, with the job server: its address, and the environment to use it in."""
     home = tmp_path_factory.mktemp("home")
-    dashboard = free_port()
+    dashboard = free_port(HOST)
     environment = os.environ | {
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "SHARDLIFT_HOME": str(home),
-        "SHARDLIFT_PORT": str(free_port()),
+        "SHARDLIFT_PORT": str(free_port(HOST)),
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray's own authentication, as it is by default from 2.60 on.
         "RAY_AUTH_MODE": "token",
@@ -60,57 +50,18 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
         "--head",
         "--block",
         f"--node-ip-address={HOST}",
-        f"--port={free_port()}",
+        f"--port={free_port(HOST)}",
         f"--dashboard-host={HOST}",
         f"--dashboard-port={dashboard}",
         # The agent that takes jobs also listens on 127.0.0.1, where another cluster's may be.
-        f"--dashboard-agent-listen-port={free_port()}",
+        f"--dashboard-agent-listen-port={free_port(HOST)}",
         "--num-cpus=2",
         f"--memory={3 << 30}",
         f"--object-store-memory={80 << 20}",
         "--disable-usage-stats",
     ]
-    with (home / "ray.log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            _wait_for(dashboard, process, home / "ray.log")
-            yield f"http://{HOST}:{dashboard}", environment
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait(10)
-
-
-def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1):
-            return
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, f"no job server\n{log.read_text()}"
-        time.sleep(0.2)
-
-
-def submit(head: tuple[str, dict[str, str]], *entrypoint: str) -> subprocess.CompletedProcess[str]:
-    """Submits a job and waits for its end. Ray's job server answers a while before it can take one."""
-    address, environment = head
-    deadline = time.monotonic() + 60
-    while True:
-        done = subprocess.run(
-            [str(BIN / "ray"), "job", "submit", "--address", address, "--", *entrypoint],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        if "No available agent" not in done.stdout + done.stderr or time.monotonic() > deadline:
-            return done
-        time.sleep(1)
+    with running(command, environment, home / "ray.log", ready=(HOST, dashboard)):
+        yield f"http://{HOST}:{dashboard}", environment
 
 
 def run(head: tuple[str, dict[str, str]], *command: str) -> subprocess.CompletedProcess[str]:
@@ -122,7 +73,7 @@ def run(head: tuple[str, dict[str, str]], *command: str) -> subprocess.Completed
 def test_a_job_leaves_its_model_resident(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:
     folder = checkpoints.tiny("llama", tmp_path / "llama", dtype="bfloat16")
     flags = ("--load-in-4bit", "--bnb-4bit-quant-type", "nf4", "--num-stages", "2")
-    job = submit(head, "shardlift", "load", str(folder), "--name", "from-a-job", *flags)
+    job = submit(*head, ("shardlift", "load", str(folder), "--name", "from-a-job", *flags))
     assert job.returncode == 0, job.stdout + job.stderr
     assert "from-a-job" in job.stdout
 
@@ -138,7 +89,7 @@ def test_a_job_leaves_its_model_resident(head: tuple[str, dict[str, str]], tmp_p
     assert [stage["node"] for stage in shown["stages"]] == [HOST, HOST]
 
     # The job's exit status is the load's.
-    again = submit(head, "shardlift", "load", str(folder), "--name", "from-a-job", *flags)
+    again = submit(*head, ("shardlift", "load", str(folder), "--name", "from-a-job", *flags))
     assert again.returncode != 0
     assert "from-a-job" in again.stdout + again.stderr
 

@@ -67,7 +67,7 @@ def test_every_command_is_shown() -> None:
 
 def test_other_commands_are_known() -> None:
     firsts = {shlex.split(line, comments=True)[0] for line in command_lines()}
-    assert firsts <= {"make", "ray", "shardlift"}
+    assert firsts <= {"make", "pip", "ray", "shardlift"}
 
 
 def test_make_targets_exist() -> None:
@@ -114,7 +114,7 @@ def test_files_that_are_named_exist(document: str) -> None:
     text = DOCUMENTS[document]
     linked = [name for name in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in name]
     folder = ROOT if document == "README.md" else ROOT / "docs"
-    named = re.findall(r"`((?:client|cluster|worker|proto|tests|docs|demo)/[\w./]+)`", text)
+    named = re.findall(r"`((?:client|cluster|worker|proto|tests|docs|demo|k8s)/[\w./]+)`", text)
     missing = [name for name in linked if not (folder / name).exists()]
     missing += [name for name in named if not (ROOT / name).exists()]
     assert not missing

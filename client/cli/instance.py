@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+
 import click
 
+from ...proto.v1.errors import ShardliftError, one_line
 from .. import instance
 from .common import as_json, print_json
 
@@ -14,6 +17,11 @@ from .common import as_json, print_json
 @click.option("--ray-address", help="A Ray cluster to join, in place of a local one of its own.")
 @click.option("--num-cpus", type=click.IntRange(min=1), help="CPUs for the local Ray.")
 @click.option("--num-gpus", type=click.IntRange(min=0), help="GPUs for the local Ray.")
+@click.option(
+    "--block",
+    is_flag=True,
+    help="Stay, and start the gateway again where it has gone. Ctrl-C or SIGTERM stops it, as `shardlift down` does.",
+)
 @as_json
 def up(
     host: str | None,
@@ -21,15 +29,26 @@ def up(
     ray_address: str | None,
     num_cpus: int | None,
     num_gpus: int | None,
+    block: bool,
     json_: bool,
 ) -> None:
     """Starts a gateway, on this machine or on a Ray cluster, and prints its address."""
-    running = instance.start(host=host, port=port, ray_address=ray_address, num_cpus=num_cpus, num_gpus=num_gpus)
-    if json_:
-        values = {"address": running.address, "pid": running.pid}
-        print_json({**values, "ray_address": running.ray_address, "token_file": running.token_file})
+    options = {"host": host, "port": port, "ray_address": ray_address, "num_cpus": num_cpus, "num_gpus": num_gpus}
+
+    def tell(what: instance.Instance | ShardliftError) -> None:
+        if isinstance(what, ShardliftError):
+            click.echo(f"waiting: {one_line(what)}", err=True)
+        elif json_:
+            values = {"address": what.address, "pid": what.pid}
+            print_json({**values, "ray_address": what.ray_address, "token_file": what.token_file})
+        else:
+            click.echo(what.address)
+
+    if block:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        instance.keep(tell, **options)
     else:
-        click.echo(running.address)
+        tell(instance.start(**options))  # type: ignore[arg-type]
 
 
 @click.command()
