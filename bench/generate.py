@@ -179,8 +179,8 @@ def of_torchrun(options: argparse.Namespace) -> dict[str, Any]:
 
 def of_recovery(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="shardlift-bench-") as cache, gateway(cache) as (client, running):
-        assert running.ray_address is not None
-        result = recovery.measure(client, running.ray_address, options.checkpoint, options.repeat)
+        assert running.pid is not None
+        result = recovery.measure(client, running.pid, options.checkpoint, options.repeat)
     for loss in result["losses"]:
         say(f"recovery: stage {loss['stage']}: {loss['gap_s']:.1f} s, {loss['beyond_reload_s']:.1f} s beyond a reload")
     return result

@@ -7,18 +7,16 @@ imports, reads, and answers a canary, as a stage that is brought back does.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import os
-import signal
 import statistics
-import subprocess
-import sys
 import time
 from typing import Any
 
+import psutil
+
 from shardlift.client.connection import Client
 from shardlift.client.handle import RemoteModel
-from shardlift.client.instance import last_json_line
 from shardlift.client.values import LoadEvent, ModelInfo, Plan
 from tests.support.quantization import nf4
 
@@ -28,7 +26,7 @@ STAGES = 2
 _BEFORE, _AFTER, _MOST = 24, 8, 4096  # tokens: until the kill, between two looks, in all
 
 
-def measure(client: Client, ray_address: str, checkpoint: str, repeat: int) -> dict[str, Any]:
+def measure(client: Client, instance_pid: int, checkpoint: str, repeat: int) -> dict[str, Any]:
     reloads = []
     for index in range(repeat + 1):
         model, reload = _load(client, checkpoint, 1)
@@ -39,7 +37,7 @@ def measure(client: Client, ray_address: str, checkpoint: str, repeat: int) -> d
     model, _ = _load(client, checkpoint, STAGES)
     model.unload()
     model, of_all = _load(client, checkpoint, STAGES)
-    losses = [_lose(model, ray_address, stage, reload_s) for _ in range(repeat) for stage in (0, STAGES - 1)]
+    losses = [_lose(model, instance_pid, reload_s) for _ in range(repeat * STAGES)]
     model.unload()
     return {
         "stages": STAGES,
@@ -68,22 +66,23 @@ def _load(client: Client, checkpoint: str, stages: int) -> tuple[RemoteModel, di
     }
 
 
-def _lose(model: RemoteModel, ray_address: str, stage: int, reload_s: float) -> dict[str, Any]:
-    """gap_s: from the kill to the first token that came after the stall."""
-    pid = _pids(ray_address)[str(stage)]
-    before = model.info().recoveries
+def _lose(model: RemoteModel, instance_pid: int, reload_s: float) -> dict[str, Any]:
+    """Kills the oldest worker: each stage's in turn. gap_s: from then to the first token that came after the stall."""
+    before = model.info()
+    victim = _workers(instance_pid)[0]
     times: list[float] = []
     with model.stream(prompt(0), **exactly(_MOST)) as running:
         for _ in range(_BEFORE):
             next(running)
-        os.kill(pid, signal.SIGKILL)
+        victim.kill()
         times.append(time.perf_counter())
         # What was made before may still come.
-        while (info := model.info()).recoveries == before or info.state != "ready":
+        while (info := model.info()).recoveries == before.recoveries or info.state != "ready":
             for _, _step in zip(range(_AFTER), running, strict=False):
                 times.append(time.perf_counter())
     gaps = [after - earlier for earlier, after in itertools.pairwise(times)]
     gap_s = times[gaps.index(max(gaps)) + 1] - times[0]
+    (stage,) = (old.stage for old, new in zip(before.residency, info.residency, strict=True) if old.load != new.load)
     read = info.residency[stage].load
     return {
         "stage": stage,
@@ -95,9 +94,11 @@ def _lose(model: RemoteModel, ray_address: str, stage: int, reload_s: float) -> 
     }
 
 
-def _pids(ray_address: str) -> dict[str, int]:
-    command = [sys.executable, "-m", "bench.stage_pids", ray_address]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    pids = last_json_line(done.stdout)
-    assert pids is not None, done.stderr
-    return pids
+def _workers(instance_pid: int) -> list[psutil.Process]:
+    """The processes of stages, the oldest first."""
+    found = []
+    for process in psutil.Process(instance_pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(part.startswith("ray::") and "StageWorker" in part for part in process.cmdline()):
+                found.append(process)
+    return sorted(found, key=psutil.Process.create_time)

@@ -42,6 +42,8 @@ STAGE_CHANNEL_OPTIONS: list[tuple[str, int]] = [
     *CHANNEL_OPTIONS,
     ("grpc.keepalive_time_ms", 3_000),
     ("grpc.keepalive_timeout_ms", 4_000),
+    # What counts in newer versions of gRPC, where it is a minute by default.
+    ("grpc.http2.ping_timeout_ms", 4_000),
     ("grpc.http2.max_pings_without_data", 0),
 ]
 # What such clients may do without being sent away for too many pings.
