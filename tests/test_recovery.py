@@ -112,11 +112,12 @@ def test_all_workers_killed_at_once(
     streams_through(model, kill_all, undisturbed)
 
 
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.soak), 1, pytest.param(2, marks=pytest.mark.soak)])
 def test_a_worker_that_hangs_is_replaced(
-    model: RemoteModel, cluster: RunningCluster, undisturbed: list[torch.Tensor]
+    model: RemoteModel, cluster: RunningCluster, undisturbed: list[torch.Tensor], stage: int
 ) -> None:
     """A stopped process keeps its connections, and Ray's heartbeat says nothing of it."""
-    pid = worker_of(cluster, 1)
+    pid = worker_of(cluster, stage)
     streams_through(model, lambda: os.kill(pid, signal.SIGSTOP), undisturbed)
     eventually(lambda: not psutil.pid_exists(pid) or _is_zombie(pid), "the stopped process is left", 30)
 

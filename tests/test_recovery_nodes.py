@@ -21,7 +21,7 @@ from tests.support.checkpoints import tiny
 from tests.support.cluster import eventually, start_gateway
 
 IDS = torch.arange(5, 17)[None]
-HEAD, FIRST, SECOND, SPARE, LATE = (f"127.0.0.{number}" for number in range(31, 36))
+HEAD, FIRST, SECOND, SPARE, LATE, LAST = (f"127.0.0.{number}" for number in range(31, 37))
 
 
 def node(address: str, slots: int) -> dict[str, Any]:
@@ -84,14 +84,17 @@ def test_a_lost_node(
     assert places(model) == [FIRST, SECOND]
     expected = model.generate(IDS, max_new_tokens=300, do_sample=False)
 
+    def lose_in_the_middle(address: str) -> None:
+        tokens: list[int] = []
+        with model.stream(IDS, max_new_tokens=300, do_sample=False) as running:
+            for step in running:
+                tokens += step.token_ids
+                if len(tokens) == 5:
+                    cluster.remove_node(found[address], allow_graceful=False)
+        assert tokens == expected[0, IDS.shape[1] :].tolist()
+
     # A spare device.
-    tokens: list[int] = []
-    with model.stream(IDS, max_new_tokens=300, do_sample=False) as running:
-        for step in running:
-            tokens += step.token_ids
-            if len(tokens) == 5:
-                cluster.remove_node(found[SECOND], allow_graceful=False)
-    assert tokens == expected[0, IDS.shape[1] :].tolist()
+    lose_in_the_middle(SECOND)
     assert places(model) == [FIRST, SPARE]
     assert model.hf_device_map["lm_head"].startswith(SPARE)
     assert health(gateway, "movable") == health_pb2.HealthCheckResponse.SERVING
@@ -124,5 +127,10 @@ def test_a_lost_node(
     eventually(lambda: model.info().state == "ready", "it did not come back", timeout_s=90)
     assert places(model) == [FIRST, LATE]
     assert torch.equal(model.generate(IDS, max_new_tokens=300, do_sample=False), expected)
+
+    # The first stage's node, as well.
+    found[LAST] = cluster.add_node(**node(LAST, 1))
+    lose_in_the_middle(FIRST)
+    assert places(model) == [LAST, LATE]
     model.unload()
     eventually(lambda: client.infos() == [], "it is not gone")
