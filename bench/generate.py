@@ -88,8 +88,6 @@ def of_model(options: argparse.Namespace) -> dict[str, Any]:
             model = client.load(options.checkpoint, name="bench", num_stages=stages, quantization_config=nf4())
             by_stages[stages] = _one_and_many(model, peer, peer_rates, options)
             model.unload()
-            ratio = by_stages[stages]["one_stream"]["tokens_per_s_to_transformers"]
-            say(f"model: {stages} stages, one stream: {ratio:.2f} of transformers' tokens/s")
     return {
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": options.tokens,
@@ -116,6 +114,8 @@ def _one_and_many(
         "tokens_per_s_to_transformers": ours["tokens_per_s"] / theirs["tokens_per_s"],
         "first_token_to_transformers": ours["first_token_s"] / theirs["first_token_s"],
     }
+    stages = len(model.info().plan.stages)
+    say(f"model: {stages} stages, one stream: {alone['tokens_per_s_to_transformers']:.2f} of transformers' tokens/s")
     several = {}
     for count in options.streams:
         rates = repeated(partial(together, model, count, tokens), options.repeat)
@@ -125,6 +125,7 @@ def _one_and_many(
             "tokens_per_s_to_transformers_one_after_another": rates["tokens_per_s"] / theirs["tokens_per_s"],
             "tokens_per_s_to_transformers_padded_batch": rates["tokens_per_s"] / peer_rates[count]["tokens_per_s"],
         }
+        say(f"model: {stages} stages, {count} streams: {rates['tokens_per_s']:.1f} tokens/s")
     return {"one_stream": alone, "streams": several}
 
 
@@ -222,12 +223,11 @@ def main() -> None:
                 report[part] = of_hops(opened, options) if part == "hops" else of_wait(opened, options)
             else:
                 report[part] = {"model": of_model, "torchrun": of_torchrun, "recovery": of_recovery}[part](options)
-    report["targets"] = targets(report)
-    text = json.dumps(report, indent=2) + "\n"
+            report["targets"] = targets(report)
+            if options.output is not None:  # as far as it has come
+                options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if options.output is None:
-        print(text, end="")
-    else:
-        options.output.write_text(text, encoding="utf-8")
+        print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

@@ -358,3 +358,15 @@ async def test_a_cancelled_prompt_is_given_up_between_two_layers(stages: list[Re
             for hook in hooks:
                 hook.remove()
         await pipeline.idle()
+
+
+async def test_whatever_a_computation_raises_reaches_who_waits(pipeline: ring.Ring) -> None:
+    """StopIteration as well, which no future takes."""
+    for error in (StopIteration(), KeyError("x"), ValueError("y")):
+
+        def fail(error: BaseException = error) -> None:
+            raise error
+
+        with pytest.raises((RuntimeError, KeyError, ValueError)):
+            await asyncio.wait_for(pipeline.servers[0].pipeline.run("some", fail), 10)
+    assert await pipeline.servers[0].pipeline.run("some", lambda: 7) == 7

@@ -239,7 +239,10 @@ def _deliver(results: list[tuple[asyncio.Future[Any], Any]]) -> None:
         for future, result in results:
             if future.done():
                 continue
-            if isinstance(result, BaseException):
+            if isinstance(result, StopIteration):
+                # A future takes any exception but this one.
+                future.set_exception(RuntimeError(f"a computation ended with {result!r}"))
+            elif isinstance(result, BaseException):
                 future.set_exception(result)
             else:
                 future.set_result(result)

@@ -57,6 +57,10 @@ class ResidentStage:
         self._counts_by_mask = anatomy.counts_by_mask
         # Rotary positions have no end; learned ones are rows of a table.
         self._positions: int | None = getattr(config, anatomy.positions) if anatomy.positions else None
+        # A stage of nothing but quantized weights has no parameter to ask.
+        self.dtype: torch.dtype = next(
+            (each.dtype for each in model.parameters() if each.is_floating_point()), config.dtype or torch.float32
+        )
         self._config = config
         self._breathe: Callable[[], None] = lambda: None
         for layer in getattr(self._base, anatomy.layers)[cut.first : cut.end]:
@@ -160,7 +164,7 @@ class ResidentStage:
         )
 
     def _forward_parts(self, inputs: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
-        like = torch.empty((1, 1, 0), dtype=self.model.dtype, device=self.device)
+        like = torch.empty((1, 1, 0), dtype=self.dtype, device=self.device)
         with torch.inference_mode(), ragged_attention(self._config, parts, like) as ragged:
             arguments = {
                 "position_ids": torch.cat([part.position_ids for part in parts]),

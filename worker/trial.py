@@ -30,10 +30,10 @@ def try_batches(stage: ResidentStage) -> None:
     stage.can_batch = stage.is_row_blind = False
     if depends_on_the_longest(stage) or _attends_in_chunks(stage):
         return
-    _, alone_caches = _sessions(stage)
-    _, caches = _sessions(stage)
     is_equal = True
     try:
+        _, alone_caches = _sessions(stage)
+        _, caches = _sessions(stage)
         for step in range(_STEPS):
             inputs = [_input(stage, length + step, seed=step) for length in _LENGTHS]
             expected = [stage.forward(one, cache, 1) for one, cache in zip(inputs, alone_caches, strict=True)]
@@ -93,5 +93,5 @@ def _input(stage: ResidentStage, past: int, *, seed: int, tokens: int = 1) -> St
         made = torch.randint(0, stage.vocabulary, (1, tokens), generator=generator)
     else:
         width = stage.model.config.get_text_config(decoder=True).hidden_size
-        made = torch.randn((1, tokens, width), generator=generator).to(stage.model.dtype)
+        made = torch.randn((1, tokens, width), generator=generator).to(stage.dtype)
     return StepInput(input=made, attention_mask=None, position_ids=positions)
