@@ -64,4 +64,6 @@ def _run(checkpoint: str, stages: int, tokens: int, repeat: int, *, quantize: bo
     if done.returncode == 0 and answer is not None:
         return answer
     errors = [line.split("]: ", 1)[-1] for line in done.stderr.splitlines() if "Error" in line]
+    # The rank that failed says why; the others, that it has gone.
+    errors.sort(key=lambda line: "gloo" in line)
     return errors[0].strip()[:300] if errors else f"torchrun ended with {done.returncode}"

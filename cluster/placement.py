@@ -286,17 +286,26 @@ def _end_process(pid: int) -> None:
 
 async def is_there(node_id: str) -> bool:
     """Whether a node answers: not just in Ray's books, which it leaves many seconds after its end."""
-    for node in await _blocking(ray.nodes):
-        if node["NodeID"] == node_id and node["Alive"]:
-            try:
-                _, writer = await asyncio.wait_for(
-                    asyncio.open_connection(node["NodeManagerAddress"], node["NodeManagerPort"]), _KNOCK_TIMEOUT_S
-                )
-            except (OSError, asyncio.TimeoutError, TimeoutError):
-                return False
-            writer.close()
-            return True
-    return False
+    nodes = [node for node in await _blocking(ray.nodes) if node["NodeID"] == node_id and node["Alive"]]
+    return bool(nodes) and await _answers(nodes[0])
+
+
+async def silent_nodes() -> set[str]:
+    """Ids of the nodes that Ray takes for alive, and that don't answer."""
+    nodes = [node for node in await _blocking(ray.nodes) if node["Alive"]]
+    answers = await asyncio.gather(*(_answers(node) for node in nodes))
+    return {node["NodeID"] for node, answered in zip(nodes, answers, strict=True) if not answered}
+
+
+async def _answers(node: Mapping[str, Any]) -> bool:
+    try:
+        _, writer = await asyncio.wait_for(
+            asyncio.open_connection(node["NodeManagerAddress"], node["NodeManagerPort"]), _KNOCK_TIMEOUT_S
+        )
+    except (OSError, asyncio.TimeoutError, TimeoutError):
+        return False
+    writer.close()
+    return True
 
 
 def _start(placement: Placement, spec: StageSpec, card: bytes, again: str = "") -> Any:

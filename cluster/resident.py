@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from ray.exceptions import RayError
+
 from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import ModelUnavailableError, OutOfMemoryError, ShardliftError, WorkerDiedError, one_line
 from ..worker.anatomy import Cut
@@ -15,7 +17,7 @@ from ..worker.service import SECRET_HEADER
 from ..worker.spec import LoadReport, StageSpec
 from . import loads, requests
 from .devices import gpus_or_all
-from .placement import Placement, call, end_process, is_there, kill, place_again, place_elsewhere
+from .placement import Placement, call, end_process, is_there, kill, place_again, place_elsewhere, silent_nodes
 from .plan import PlannedStage
 from .planning import OutlinedModel, outline_model
 from .route import Route
@@ -190,9 +192,14 @@ class Resident:
 
     async def _move(self, index: int, held: Callable[[], set[str]], why: ShardliftError) -> None:
         """A worker for the stage on a device that has room for it, the smallest of these."""
-        stage, seat, spec = self.info.plan.stages[index], self.placement.seats[index], self._specs[index]
-        gone = set() if await is_there(seat.node_id) else {seat.node_id}
-        devices = await asyncio.wait_for(asyncio.to_thread(discover, held(), gone), _DISCOVER_TIMEOUT_S)
+        stage, spec = self.info.plan.stages[index], self._specs[index]
+        gone = await silent_nodes()
+        try:
+            devices = await asyncio.wait_for(asyncio.to_thread(discover, held(), gone), _DISCOVER_TIMEOUT_S)
+        except RayError as error:  # another node may go while it is asked
+            raise ModelUnavailableError(
+                f"stage {index} is lost, and the devices can't be told: {one_line(error, 200)}"
+            ) from None
         need = stage.resident_bytes + stage.workspace_bytes + stage.kv_budget_bytes
         kind = "cuda" if spec.device.startswith("cuda") else "cpu"
         # As a plan chooses: a node's processor beside GPUs is not a device.
