@@ -128,3 +128,30 @@ class Answer:
             return None  # the text that was held back to the end, once more after a loss
         self._tail_given = not token_ids
         return Step(token_ids=token_ids, text=text, logits=self._logits, scores=self._scores)
+
+
+class Answered:
+    """What a running generation tells of its answer, whoever carries it."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+
+    @property
+    def batch(self) -> int:
+        return self._answer.batch
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self._answer.prompt_tokens
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self._answer.prompt_ids
+
+    @property
+    def new_tokens(self) -> int:
+        return self._answer.new_tokens
+
+    @property
+    def finish_reason(self) -> str:
+        return self._answer.finish_reason

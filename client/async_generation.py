@@ -7,12 +7,12 @@ from typing import Any
 
 from ..proto.v1 import inference_pb2
 from ..proto.v1.errors import GatewayUnavailableError
-from .answer import Answer, Step
+from .answer import Answer, Answered, Step
 from .async_gateway import AsyncGateway, cancel_with, receive
 from .patience import Patience
 
 
-class AsyncGeneration(AsyncIterator[Step]):
+class AsyncGeneration(Answered, AsyncIterator[Step]):
     """A `Generate` call, started when first iterated over: `async for` its steps.
 
     `batch`, `prompt_tokens` and `prompt_ids` are known after `start()` or the first step, `new_tokens` and
@@ -21,7 +21,7 @@ class AsyncGeneration(AsyncIterator[Step]):
     """
 
     def __init__(self, gateway: AsyncGateway, asked: inference_pb2.GenerateRequest) -> None:
-        self._answer = Answer(asked)
+        super().__init__(Answer(asked))
         self._asked = asked
         self._closed = False
         self._gateway = gateway
@@ -33,26 +33,6 @@ class AsyncGeneration(AsyncIterator[Step]):
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
-
-    @property
-    def batch(self) -> int:
-        return self._answer.batch
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self._answer.prompt_tokens
-
-    @property
-    def prompt_ids(self) -> list[int]:
-        return self._answer.prompt_ids
-
-    @property
-    def new_tokens(self) -> int:
-        return self._answer.new_tokens
-
-    @property
-    def finish_reason(self) -> str:
-        return self._answer.finish_reason
 
     async def aclose(self) -> None:
         """Cancels the call where it is still running."""

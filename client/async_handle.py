@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import InvalidRequestError
-from . import asking, forward, tensors
+from . import asking, forward
 from .async_forward import AsyncRemoteCache, once
 from .async_gateway import AsyncGateway
 from .async_generation import AsyncGeneration
 from .described import DescribedModel
-from .handle import UNLOAD_TIMEOUT_S, new_seed
+from .handle import UNLOAD_TIMEOUT_S
 from .values import ModelInfo, StageResidency
 
 if TYPE_CHECKING:
@@ -141,15 +141,7 @@ class AsyncRemoteModel(DescribedModel):
         """A generation, to iterate over with `async for`: as `RemoteModel.stream`."""
         return AsyncGeneration(
             self._gateway,
-            asking.request(
-                self.name,
-                input_ids=None if inputs is None else tensors.integers(inputs, "input_ids"),
-                prompt=prompt,
-                messages=messages,
-                attention_mask=attention_mask,
-                generation=self._fields(generation_config, kwargs),
-                seed=new_seed() if seed is None else seed,
-            ),
+            self._streamed(inputs, generation_config, kwargs, prompt, messages, attention_mask, seed),
         )
 
     async def stream_text(self, text: str | Sequence[Mapping[str, str]], **kwargs: Any) -> AsyncIterator[str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import secrets
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..proto.v1 import inference_pb2
 from ..proto.v1.errors import InvalidRequestError
 from ..proto.v1.tensor_pb2 import Tensor
 from . import asking, tensors
@@ -146,6 +148,28 @@ class DescribedModel:
                 output_scores=with_scores,
             ),
             as_dict=as_dict,
+        )
+
+    def _streamed(
+        self,
+        inputs: Any,
+        generation_config: Any,
+        arguments: Mapping[str, Any],
+        prompt: str | None,
+        messages: Sequence[Mapping[str, str]] | None,
+        attention_mask: Any,
+        seed: int | None,
+    ) -> inference_pb2.GenerateRequest:
+        """The request of a generation that is read step by step."""
+        return asking.request(
+            self.name,
+            input_ids=None if inputs is None else tensors.integers(inputs, "input_ids"),
+            prompt=prompt,
+            messages=messages,
+            attention_mask=attention_mask,
+            generation=self._fields(generation_config, arguments),
+            # Chosen here, it makes the request repeatable after a loss.
+            seed=secrets.randbits(63) if seed is None else seed,
         )
 
     def _is_stepwise(self, generation_config: Any, local: Mapping[str, Any], arguments: Mapping[str, Any]) -> bool:

@@ -9,12 +9,12 @@ import grpc
 
 from ..proto.v1 import inference_pb2
 from ..proto.v1.errors import GatewayUnavailableError
-from .answer import Answer, Step
+from .answer import Answer, Answered, Step
 from .gateway import Gateway
 from .patience import Patience
 
 
-class Generation(Iterator[Step]):
+class Generation(Answered, Iterator[Step]):
     """A running `Generate` call: iterate over its steps.
 
     `batch`, `prompt_tokens` and `prompt_ids` are known after `start()` or the first step, `new_tokens` and
@@ -23,7 +23,7 @@ class Generation(Iterator[Step]):
     """
 
     def __init__(self, gateway: Gateway, asked: inference_pb2.GenerateRequest) -> None:
-        self._answer = Answer(asked)
+        super().__init__(Answer(asked))
         self._closed = False
         self._gateway = gateway
         self._patience = Patience(gateway.retry_s)
@@ -38,26 +38,6 @@ class Generation(Iterator[Step]):
     def __del__(self) -> None:
         if hasattr(self, "_call"):
             self.close()
-
-    @property
-    def batch(self) -> int:
-        return self._answer.batch
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self._answer.prompt_tokens
-
-    @property
-    def prompt_ids(self) -> list[int]:
-        return self._answer.prompt_ids
-
-    @property
-    def new_tokens(self) -> int:
-        return self._answer.new_tokens
-
-    @property
-    def finish_reason(self) -> str:
-        return self._answer.finish_reason
 
     def close(self) -> None:
         """Cancels the call where it is still running."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import InvalidRequestError
-from . import asking, forward, tensors
+from . import asking, forward
 from .described import DescribedModel
 from .forward import RemoteCache
 from .gateway import Gateway
@@ -148,15 +147,7 @@ class RemoteModel(DescribedModel):
         """
         return Generation(
             self._gateway,
-            asking.request(
-                self.name,
-                input_ids=None if inputs is None else tensors.integers(inputs, "input_ids"),
-                prompt=prompt,
-                messages=messages,
-                attention_mask=attention_mask,
-                generation=self._fields(generation_config, kwargs),
-                seed=new_seed() if seed is None else seed,
-            ),
+            self._streamed(inputs, generation_config, kwargs, prompt, messages, attention_mask, seed),
         )
 
     def stream_text(self, text: str | Sequence[Mapping[str, str]], **kwargs: Any) -> Iterator[str]:
@@ -215,8 +206,3 @@ class RemoteModel(DescribedModel):
         return forward.output(assembly, cache if use_cache is not False else None, return_dict)
 
     __call__ = forward
-
-
-def new_seed() -> int:
-    """A seed for a request that names none: chosen here, it makes the request repeatable after a loss."""
-    return secrets.randbits(63)

@@ -16,9 +16,8 @@ from ..proto.v1 import inference_pb2, inference_pb2_grpc, registry_pb2, registry
 from ..proto.v1.errors import InternalError, InvalidRequestError
 from ..proto.v1.server import abort
 from ..proto.v1.status import to_error
-from ..proto.v1.tensor_pb2 import Tensor
 from ..proto.v1.wire import CHANNEL_OPTIONS
-from ..worker.tensors import from_message
+from ..worker.tensors import from_message, ids_message
 from . import node_caches, relay
 from .auth import TokenInterceptor
 from .registry import Registry
@@ -182,8 +181,7 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             ids = await asyncio.to_thread(tokenizer.encode_chat, messages)
         if not ids:
             raise InvalidRequestError("the prompt has no tokens: write something")
-        data = b"".join(token.to_bytes(8, "little", signed=True) for token in ids)
-        request.input_ids.CopyFrom(Tensor(shape=[1, len(ids)], dtype="int64", data=data))
+        request.input_ids.CopyFrom(ids_message([ids]))
         request.ClearField("attention_mask")
         given = from_message(request.generated).flatten().tolist() if request.generated.data else []
         return _TextStream(ids, tokenizer.decoder(), given)

@@ -111,9 +111,9 @@ class History:
         for each in self._passes:
             mask = each.mask if mask is None else torch.cat([mask, each.mask], dim=1)
             yield inference_pb2.ForwardRequest(
-                input_ids=to_message(each.ids),
+                input_ids=to_message(each.ids.int()),
                 attention_mask=None if bool(mask.all()) else to_message(mask),
-                position_ids=None if each.positions is None else to_message(each.positions),
+                position_ids=None if each.positions is None else to_message(each.positions.int()),
                 use_cache=True,
                 without_logits=True,
                 one_by_one=each.one_by_one,

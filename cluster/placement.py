@@ -27,6 +27,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import ModelUnavailableError, OutOfMemoryError, ShardliftError, WorkerDiedError, one_line
 from ..worker.actor import StageWorker
 from ..worker.spec import StageSpec
@@ -68,6 +69,27 @@ class Seat:
     node_id: str
     device: str
     slots: int
+
+    @classmethod
+    def of(cls, message: registry_pb2.StageSeat) -> Seat:
+        return cls(
+            group=message.placement_group,
+            bundle=message.bundle,
+            node=message.node,
+            node_id=message.node_id,
+            device=message.device,
+            slots=message.gpus,
+        )
+
+    def message(self) -> registry_pb2.StageSeat:
+        return registry_pb2.StageSeat(
+            placement_group=self.group,
+            bundle=self.bundle,
+            node=self.node,
+            node_id=self.node_id,
+            device=self.device,
+            gpus=self.slots,
+        )
 
 
 @dataclass

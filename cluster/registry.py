@@ -379,17 +379,7 @@ class Registry:
             raise ModelUnavailableError("it never became ready")
         _, some, _ = next(iter(stages.values()))
         placement.workers = [stages[index][0] if index in stages else None for index in range(some.num_stages)]
-        placement.seats = [
-            Seat(
-                group=seat.placement_group,
-                bundle=seat.bundle,
-                node=seat.node,
-                node_id=seat.node_id,
-                device=seat.device,
-                slots=seat.gpus,
-            )
-            for seat in card.seats
-        ]
+        placement.seats = [Seat.of(seat) for seat in card.seats]
         numbers = range(some.num_stages)
         specs = [stages[index][1] if index in stages else replace(some, index=index) for index in numbers]
         reports = [stages[index][2] if index in stages else None for index in numbers]

@@ -18,10 +18,9 @@ import grpc.aio
 
 from ..proto.v1 import inference_pb2
 from ..proto.v1.errors import InternalError, InvalidRequestError, ModelUnavailableError, SessionExpiredError
-from ..proto.v1.tensor_pb2 import Tensor
 from ..proto.v1.wire import Assembly
 from ..worker.service import EPOCH_HEADER, SESSION_HEADER
-from ..worker.tensors import check_ids, from_message
+from ..worker.tensors import check_ids, from_message, ids_message
 from .history import History
 from .registry import Registry
 from .route import Route
@@ -114,7 +113,7 @@ async def generate(
             call.cancel()
         await way.around(failure)
         if steps:
-            request.generated.CopyFrom(_columns(steps))
+            request.generated.CopyFrom(ids_message(list(zip(*steps, strict=True))))
 
 
 async def _whole(
@@ -125,15 +124,16 @@ async def _whole(
     missing = 0
     async for response in call:
         together.append(response)
-        if response.WhichOneof("event") == "step":
-            for tensor in (response.step.logits, response.step.scores):
-                if tensor.dtype:
-                    missing += Assembly(tensor).expected_bytes - len(tensor.data)
-        elif response.WhichOneof("event") == "more":
-            missing -= len(response.more)
+        missing += _owed(response)
         if not missing:
             yield together
             together = []
+
+
+def _owed(response: inference_pb2.GenerateResponse) -> int:
+    """How many bytes of its tensors a message leaves to later ones; less than 0 for one that brings them."""
+    tensors = [tensor for tensor in (response.step.logits, response.step.scores) if tensor.dtype]
+    return sum(Assembly(tensor).expected_bytes - len(tensor.data) for tensor in tensors) - len(response.more)
 
 
 def _given(request: inference_pb2.GenerateRequest) -> list[list[int]]:
@@ -142,13 +142,6 @@ def _given(request: inference_pb2.GenerateRequest) -> list[list[int]]:
         return []
     tokens: list[list[int]] = check_ids("generated", from_message(request.generated)).T.tolist()
     return tokens
-
-
-def _columns(steps: list[list[int]]) -> Tensor:
-    """Steps as an int64 tensor [rows, steps]."""
-    rows = list(zip(*steps, strict=True))
-    data = b"".join(token.to_bytes(8, "little", signed=True) for row in rows for token in row)
-    return Tensor(shape=[len(rows), len(steps)], dtype="int64", data=data)
 
 
 class SessionRelay:
@@ -229,7 +222,7 @@ class SessionRelay:
                 self._call = None
             await self._way.around(failure)
             if steps:
-                request.generate.generated.CopyFrom(_columns(steps))
+                request.generate.generated.CopyFrom(ids_message(list(zip(*steps, strict=True))))
 
     async def _opened(self) -> Any:
         """The call to the stage; a new one has been fed everything that the session was."""
@@ -273,12 +266,7 @@ async def _answers(call: Any) -> AsyncIterator[list[inference_pb2.SessionRespons
         if response is grpc.aio.EOF:  # type: ignore[attr-defined] # missing in grpc-stubs
             raise InternalError("the last stage ended a session in the middle of an action")
         together.append(response)
-        if response.WhichOneof("event") == "generate":
-            generated = response.generate
-            for tensor in (generated.step.logits, generated.step.scores):
-                if tensor.dtype:
-                    missing += Assembly(tensor).expected_bytes - len(tensor.data)
-            missing -= len(generated.more)
+        missing += _owed(response.generate)
         if missing:
             continue
         yield together

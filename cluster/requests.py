@@ -12,6 +12,7 @@ from ..proto.v1.errors import InvalidRequestError, UnsupportedModelError
 from ..worker.byte_sizes import parse_rate, parse_size
 from ..worker.records import HubToken
 from ..worker.sources.urls import is_url, parse_url
+from ..worker.spec import MOST_IDLE_S
 from .checkpoint import CheckpointRequest
 from .load_time import Speeds
 from .plan import PlanOptions
@@ -19,7 +20,6 @@ from .planning import ModelOptions, ServingOptions, TransferOptions
 
 _LEAST_BUDGET_BYTES = 1 << 20
 _MOST_CONNECTIONS = 64
-_MOST_IDLE_S = 24 * 3600
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -99,8 +99,8 @@ def serving_options(options: registry_pb2.LoadOptions) -> ServingOptions:
     """Raises InvalidRequestError for an idle time that makes no sense."""
     defaults = ServingOptions()
     idle_timeout_s = options.idle_timeout_s or defaults.idle_timeout_s
-    if not 0 < idle_timeout_s <= _MOST_IDLE_S:
-        raise InvalidRequestError(f"idle_timeout_s={idle_timeout_s:g}: write more than 0, and {_MOST_IDLE_S} at most")
+    if not 0 < idle_timeout_s <= MOST_IDLE_S:
+        raise InvalidRequestError(f"idle_timeout_s={idle_timeout_s:g}: write more than 0, and {MOST_IDLE_S} at most")
     return ServingOptions(
         max_sessions=options.max_sessions or defaults.max_sessions,
         max_waiting=options.max_waiting or defaults.max_waiting,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ray.exceptions import RayError
@@ -97,17 +97,7 @@ class Resident:
             info=info,
             source=source,
             options=self._request.options,
-            seats=[
-                registry_pb2.StageSeat(
-                    placement_group=seat.group,
-                    bundle=seat.bundle,
-                    node=seat.node,
-                    node_id=seat.node_id,
-                    device=seat.device,
-                    gpus=seat.slots,
-                )
-                for seat in self.placement.seats
-            ],
+            seats=[seat.message() for seat in self.placement.seats],
         ).SerializeToString()
         await asyncio.gather(
             *(call(worker.set_card.remote(self._card), "a stage") for worker in self.placement.workers)
@@ -149,15 +139,15 @@ class Resident:
         await self._unwatch()
         addresses = {index: report.address for index, report in enumerate(self._reports) if report is not None}
         silent = await lost_stages(addresses, self._metadata)
-        processes = {index: report.pid for index in silent if (report := self._reports[index]) is not None}
+        # Processes that hold on to their device, and answer nobody.
+        hanging = {index: report.pid for index, report in enumerate(self._reports) if report and silent.get(index)}
         for index in silent:
             self._reports[index] = None
         lost = [index for index, report in enumerate(self._reports) if report is None]
         if lost:
             await self._complete_specs(lost)
             results = await asyncio.gather(
-                *(self._bring_back(index, processes if silent.get(index) else {}, placing, held) for index in lost),
-                return_exceptions=True,
+                *(self._bring_back(index, hanging.get(index), placing, held) for index in lost), return_exceptions=True
             )
             for result in results:
                 if isinstance(result, BaseException):
@@ -167,15 +157,15 @@ class Resident:
         return lost
 
     async def _bring_back(
-        self, index: int, hanging: Mapping[int, int], placing: asyncio.Lock, held: Callable[[], set[str]]
+        self, index: int, hanging: int | None, placing: asyncio.Lock, held: Callable[[], set[str]]
     ) -> None:
-        """A stage's worker anew. hanging: processes that hold on to their device, and answer nobody."""
+        """A stage's worker anew. hanging: the process of the old one, where it hangs."""
         spec, seat = self._specs[index], self.placement.seats[index]
         await kill(self.placement.workers[index])
         failure: ShardliftError = ModelUnavailableError(f"node {seat.node} left the cluster")
         if await is_there(seat.node_id):
-            if index in hanging:
-                await end_process(seat.node_id, hanging[index])
+            if hanging is not None:
+                await end_process(seat.node_id, hanging)
             for _ in range(_TRIES_IN_PLACE):
                 try:
                     await place_again(spec, self._card, self.placement)

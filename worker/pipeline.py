@@ -178,14 +178,8 @@ class StagePipeline:
         """Runs `function` on the computing thread, in the session's turn. Memory that runs out is OutOfMemoryError."""
         if self._closed:
             raise ModelUnavailableError("the model is being unloaded")
-        try:
-            return await self.compute.run(session, function)
-        except SessionOverError:
-            raise ModelUnavailableError("the session has ended") from None
-        except RuntimeError as error:
-            failure = self._explain(error)
-        # Outside the handler: the error's traceback keeps what filled the memory.
-        raise failure
+        result: T = await self._settled(self.compute.run(session, function))
+        return result
 
     async def _run_work(self, work: _Work) -> Any:
         """What `work.then` gives, in the step's turn; single-token steps go along with other sessions'."""
@@ -202,12 +196,14 @@ class StagePipeline:
         return future
 
     async def _settled(self, future: asyncio.Future[Any]) -> Any:
+        """The result of a computation; its end and its memory's, as those who asked for it know them."""
         try:
             return await future
         except SessionOverError:
             raise ModelUnavailableError("the session has ended") from None
         except RuntimeError as error:
             failure = self._explain(error)
+        # Outside the handler: the error's traceback keeps what filled the memory.
         raise failure
 
     def _explain(self, error: RuntimeError) -> Exception:

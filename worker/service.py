@@ -29,7 +29,7 @@ from .admission import Admission
 from .links import STEP_METHOD, StepKey
 from .pipeline import IncomingStep, StagePipeline
 from .session import RingSession
-from .spec import SessionLimits
+from .spec import MOST_IDLE_S, SessionLimits
 from .stage import ResidentStage, StepInput
 from .tensors import from_bytes, from_message
 
@@ -39,9 +39,6 @@ SECRET_HEADER = "x-shardlift-stage-secret"
 # What the gateway calls a session, and how often it was begun anew: the names in its steps' keys.
 SESSION_HEADER = "x-shardlift-session"
 EPOCH_HEADER = "x-shardlift-epoch"
-
-# However long a session asks to be kept without a word.
-MOST_IDLE_S = 24 * 3600.0
 
 
 class Sessions:

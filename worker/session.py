@@ -59,11 +59,11 @@ class RingSession:
     @property
     def length(self) -> int:
         """Cached positions, padding included."""
-        return 0 if self._past is None else self._past.ids.shape[1]
+        return 0 if self._past is None else self._past.length
 
     @property
     def rows(self) -> int:
-        return 0 if self._past is None else self._past.ids.shape[0]
+        return 0 if self._past is None else self._past.rows
 
     def end(self) -> None:
         self._pipeline.finish_session(self._name)
@@ -84,15 +84,11 @@ class RingSession:
             return
         cache = self._pipeline.cache(self._name)
         if cache is not None and cache.can_keep(length):
-            self._past, self._keep = past, length
+            self._past, self._keep = _Past(past.input, past.position_ids, past.attention_mask), length
             return
         # A window has moved past what it would have to hold again: what stays is computed anew.
         self._past, self._keep, self._select = None, None, ()
-        await self.forward(
-            StepInput(input=past.ids, attention_mask=past.mask, position_ids=past.positions),
-            logits_to_keep=1,
-            then=lambda logits: None,
-        )
+        await self.forward(past, logits_to_keep=1, then=lambda logits: None)
 
     def select_rows(self, rows: tuple[int, ...]) -> None:
         """Row i goes on from what is now row rows[i].
@@ -123,14 +119,13 @@ class RingSession:
                 f"this session keeps {self.length} tokens of {self.rows} rows: its passes need as many rows, and "
                 "use_cache"
             )
-        grown = None
+        padding = _padding(step)
         if step.use_cache:
-            grown = _Past.of(step) if past is None else past.grown(step)
-            self._ticket.reserve(max(self._ticket.tokens, grown.ids.numel()))
-        mask = step.attention_mask
-        if mask is not None and step.use_cache and grown is not None and not grown.is_padded:
-            # Nothing is padding: without a mask the same values come out, and less travels.
-            step = replace(step, attention_mask=None)
+            rows, new = step.input.shape
+            self._ticket.reserve(max(self._ticket.tokens, rows * (new + (0 if past is None else past.length))))
+            if padding is None:
+                # Without a mask the same values come out, and less travels.
+                step = replace(step, attention_mask=None)
         key = StepKey(self._name, self._epoch, self._number)
         incoming = IncomingStep(
             key=key,
@@ -142,7 +137,11 @@ class RingSession:
         self._number += 1
         result = await self._pipeline.forward(incoming, logits_to_keep=logits_to_keep, then=then)
         if step.use_cache:
-            self._past, self._keep, self._select = grown, None, ()
+            if past is None:
+                self._past = _Past(step.input.cpu(), _positions(step), padding)
+            else:
+                past.add(step, padding)
+            self._keep, self._select = None, ()
         return result
 
     async def compute(self, function: Callable[[], Any]) -> Any:
@@ -198,8 +197,8 @@ class RingSession:
         if past is not None:
             if input_ids.shape[0] != self.rows:
                 raise InvalidRequestError(f"input_ids has {input_ids.shape[0]} rows, but the session {self.rows}")
-            if mask is None and past.is_padded:
-                mask = torch.cat([past.attention_mask, torch.ones_like(input_ids)], dim=1)
+            if mask is None and past.mask is not None:
+                mask = torch.cat([past.mask.long(), torch.ones_like(input_ids)], dim=1)
             input_ids = torch.cat([past.ids, input_ids], dim=1)
         if mask is not None and mask.shape != input_ids.shape:
             raise InvalidRequestError(
@@ -325,42 +324,38 @@ class _Advanced:
     next: Forward | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Past:
     """What a session has been fed, on the host: ids and positions [B, L], and a mask [B, L] where something is
-    padding."""
+    padding. Kept in the pieces in which it came: a step adds one, however long the session is."""
 
-    ids: torch.Tensor
-    positions: torch.Tensor
-    mask: torch.Tensor | None
+    def __init__(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None) -> None:
+        self._ids, self._positions = [ids], [positions]
+        self.rows, self.length = ids.shape
+        self.mask = mask
 
-    @classmethod
-    def of(cls, step: StepInput) -> _Past:
-        return cls(ids=step.input.cpu(), positions=_positions(step), mask=_padding(step))
+    def add(self, step: StepInput, padding: torch.Tensor | None) -> None:
+        """padding: the step's, over everything."""
+        self._ids.append(step.input.cpu())
+        self._positions.append(_positions(step))
+        self.length += step.input.shape[1]
+        self.mask = padding
 
     @property
-    def is_padded(self) -> bool:
-        return self.mask is not None
+    def ids(self) -> torch.Tensor:
+        return torch.cat(self._ids, dim=1)
 
-    @property
-    def attention_mask(self) -> torch.Tensor:
-        return torch.ones_like(self.ids) if self.mask is None else self.mask.long()
-
-    def grown(self, step: StepInput) -> _Past:
-        return _Past(
-            ids=torch.cat([self.ids, step.input.cpu()], dim=1),
-            positions=torch.cat([self.positions, _positions(step)], dim=1),
-            mask=_padding(step),
+    def first(self, length: int) -> StepInput:
+        """The first so many positions, to be computed anew, or to go on from."""
+        return StepInput(
+            input=self.ids[:, :length],
+            position_ids=torch.cat(self._positions, dim=1)[:, :length],
+            attention_mask=None if self.mask is None else self.mask[:, :length],
         )
-
-    def first(self, length: int) -> _Past:
-        mask = None if self.mask is None else self.mask[:, :length]
-        return _Past(ids=self.ids[:, :length], positions=self.positions[:, :length], mask=mask)
 
     def select(self, rows: tuple[int, ...]) -> _Past:
         chosen = list(rows)
         mask = None if self.mask is None else self.mask[chosen]
-        return _Past(ids=self.ids[chosen], positions=self.positions[chosen], mask=mask)
+        return _Past(self.ids[chosen], torch.cat(self._positions, dim=1)[chosen], mask)
 
 
 def _positions(step: StepInput) -> torch.Tensor:

@@ -13,6 +13,9 @@ from .anatomy import Cut
 from .records import FileVersion, SourceSpec, TensorRecord
 from .timeline import Phase
 
+# However long a session asks to be kept without a word.
+MOST_IDLE_S = 24 * 3600
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionLimits:

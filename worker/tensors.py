@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
@@ -43,6 +43,12 @@ def to_message(tensor: torch.Tensor) -> Tensor:
             "sent: use fewer rows or shorter ones"
         )
     return to_frames(tensor)[0]
+
+
+def ids_message(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Token ids [rows, length] as one message, however many."""
+    data = b"".join(token.to_bytes(8, "little", signed=True) for row in rows for token in row)
+    return Tensor(shape=[len(rows), len(rows[0])], dtype="int64", data=data)
 
 
 def from_bytes(shape: list[int], dtype: str, data: bytes | bytearray) -> torch.Tensor:
