@@ -69,7 +69,7 @@ class Plan:
     predicted_load_seconds: until all stages are resident, once their workers are there; 0 when no speed is known.
     load_bottleneck: "link" or "conversion", of the stage `load_bottleneck_stage`. link_bytes_per_second: from the
     source to one node, as given, or as an earlier load has measured it. kv_tokens: tokens of all sessions together
-    whose keys and values have room on every stage; 0 when unknown.
+    whose keys and values have room on every stage; 0 when unknown. notes: what to know before the load.
     """
 
     model: str
@@ -86,6 +86,7 @@ class Plan:
     link_bytes_per_second: float = 0.0
     link_is_measured: bool = False
     kv_tokens: int = 0
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_proto(cls, plan: registry_pb2.Plan) -> Plan:
@@ -124,6 +125,7 @@ class Plan:
             load_bottleneck_stage=plan.load_bottleneck_stage,
             link_bytes_per_second=plan.link_bytes_per_second,
             link_is_measured=plan.link_is_measured,
+            notes=tuple(plan.notes),
             kv_tokens=plan.kv_tokens,
         )
 
@@ -138,6 +140,7 @@ class Plan:
             "predicted_load_seconds": self.predicted_load_seconds or None,
             "load_bottleneck": self.load_bottleneck or None,
             "link_bytes_per_second": self.link_bytes_per_second or None,
+            "notes": list(self.notes),
         }
 
 

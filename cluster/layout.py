@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from ..proto.v1.errors import InvalidRequestError, TensorMismatchError, UnsupportedModelError
-from ..worker.anatomy import TEXT_PARTS, Cut, place_of
+from ..worker.anatomy import TEXT_PARTS, Anatomy, Cut, place_of
 from ..worker.quantization import describe_quantization
 from ..worker.records import DTYPES, TensorRecord
 from ..worker.skeleton import KeyMap, ParameterInfo, Skeleton, build_skeleton, parse_config, unmatched_keys
@@ -23,15 +23,23 @@ _CHUNK_TOKENS = 512  # of a prompt, at a time
 # Less is lost in what an allocator rounds up to: a small model may fill its device to the last byte.
 _LEAST_WORKSPACE_BYTES = 16 << 20
 _MODEL_DTYPES = ("bfloat16", "float16", "float32", "float64")
+_UNLISTED = (
+    "model type {!r} isn't one of the families that shardlift is tested with; a small model of this config, cut into "
+    "stages, gave transformers' own logits to the bit"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """An outline for the planner, and which parameter each of the checkpoint's keys goes to."""
+    """An outline for the planner, and which parameter each of the checkpoint's keys goes to.
+
+    is_unlisted: the anatomy is not one of `worker.anatomy.FAMILIES`: workers must be told.
+    """
 
     outline: ModelOutline
     targets: Mapping[str, str]
-    anatomy: Any
+    anatomy: Anatomy
+    is_unlisted: bool = False
 
     def records_of(self, cut: Cut, records: Mapping[str, TensorRecord]) -> tuple[TensorRecord, ...]:
         """The records that a stage needs."""
@@ -71,9 +79,13 @@ def lay_out(
     quantization: Mapping[str, Any] | None,
     attn_implementation: str | None,
     quantize_experts: bool = False,
+    anatomy: Anatomy | None = None,
 ) -> Layout:
-    """Raises UnsupportedModelError, InvalidRequestError, and TensorMismatchError for tensors that the model lacks,
-    has too many, or wants in another shape."""
+    """anatomy: of a family that isn't listed, as a self-check has found it.
+
+    Raises UnsupportedModelError, InvalidRequestError, and TensorMismatchError for tensors that the model lacks, has too
+    many, or wants in another shape.
+    """
     if config.get("quantization_config"):
         method = (config["quantization_config"] or {}).get("quant_method", "an unknown method")
         raise UnsupportedModelError(
@@ -87,6 +99,7 @@ def lay_out(
         quantization=quantization,
         attn_implementation=attn_implementation,
         quantize_experts=quantize_experts,
+        anatomy=anatomy,
     )
     infos = list(skeleton.parameters())
     if part := TEXT_PARTS.get(str(config.get("model_type"))):
@@ -95,14 +108,13 @@ def lay_out(
     fetch: dict[str, int] = {}
     for key, target in targets.items():
         fetch[target] = fetch.get(target, 0) + records[key].size_bytes
-    anatomy = skeleton.anatomy
     items = [
         Item(
             name=info.name,
-            place=place_of(info.name, anatomy),
+            place=place_of(info.name, skeleton.anatomy),
             resident_bytes=parameter_bytes(info.shape, _storage(info, skeleton)),
             fetch_bytes=fetch.get(info.name, 0),
-            packed_shape=info.shape if _could_be_4bit(info, anatomy) else None,
+            packed_shape=info.shape if _could_be_4bit(info, skeleton.anatomy) else None,
         )
         for info in infos
     ]
@@ -110,7 +122,7 @@ def lay_out(
     known = {item.name for item in items}
     # A tied weight that the file holds all the same is fetched, compared with the other, and then shared.
     items += [
-        Item(name=name, place=place_of(name, anatomy), resident_bytes=0, fetch_bytes=size)
+        Item(name=name, place=place_of(name, skeleton.anatomy), resident_bytes=0, fetch_bytes=size)
         for name, size in fetch.items()
         if name not in known
     ]
@@ -128,15 +140,16 @@ def lay_out(
     outline = ModelOutline(
         sizes=summed(items),
         lighter=tuple((option, summed(in_4bit(items, double=double))) for option, double in _lighter(quantization)),
-        modules=tuple((name, place_of(name, anatomy)) for name in skeleton.module_names()),
+        modules=tuple((name, place_of(name, skeleton.anatomy)) for name in skeleton.module_names()),
         tied=skeleton.head_is_tied,
         quantization=describe_quantization(quantization),
         dtype=dtype_name(skeleton.dtype),
+        notes=() if anatomy is None else (_UNLISTED.format(skeleton.model.config.model_type),),
     )
-    return Layout(outline=outline, targets=targets, anatomy=anatomy)
+    return Layout(outline=outline, targets=targets, anatomy=skeleton.anatomy, is_unlisted=anatomy is not None)
 
 
-def _could_be_4bit(info: ParameterInfo, anatomy: Any) -> bool:
+def _could_be_4bit(info: ParameterInfo, anatomy: Anatomy) -> bool:
     """Whether 4-bit quantization packs it, or would: the layers' matrices, as transformers chooses them by default."""
     if info.quantized:
         return info.quantized == "4bit"

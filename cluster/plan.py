@@ -28,7 +28,8 @@ class ModelOutline:
     """What the planner needs to know of a model.
 
     modules: name and place of each one that a device map names. lighter: what it would weigh, loaded another way: the
-    option that does it, as a user would write it -> sizes; for the words of a refusal.
+    option that does it, as a user would write it -> sizes; for the words of a refusal. notes: what the user should know
+    before the load, each in one line.
     """
 
     sizes: ModelSizes
@@ -37,6 +38,7 @@ class ModelOutline:
     quantization: str
     dtype: str
     lighter: tuple[tuple[str, ModelSizes], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +138,7 @@ class Plan:
             load_bottleneck_stage=predicted.slowest if predicted else 0,
             link_bytes_per_second=speeds.link,
             link_is_measured=speeds.is_measured,
+            notes=self.outline.notes,
             kv_tokens=self.kv_tokens,
         )
 

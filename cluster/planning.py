@@ -13,6 +13,7 @@ from .checkpoint import Checkpoint, CheckpointRequest, read_checkpoint
 from .devices import Device
 from .layout import Layout, lay_out, resolve_dtype
 from .plan import Plan, PlanOptions, make_plan
+from .selfcheck import unlisted_anatomy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +121,7 @@ class PlannedModel:
                     quantize_experts=model.options.quantize_experts,
                     limits=limits,
                     use_batches=serving.use_batches,
+                    anatomy=model.layout.anatomy if model.layout.is_unlisted else None,
                 )
             )
         return specs
@@ -130,13 +132,16 @@ def outline_model(request: CheckpointRequest, token: HubToken, options: ModelOpt
     checkpoint = read_checkpoint(request, token)
     config = dict(options.config if options.config else checkpoint.config)
     config.update(options.config_overrides or {})
+    dtype = resolve_dtype(options.dtype, config, checkpoint.records)
+    unlisted = unlisted_anatomy(config, dtype=dtype, attn_implementation=options.attn_implementation)
     layout = lay_out(
         config,
         checkpoint.records,
-        dtype=resolve_dtype(options.dtype, config, checkpoint.records),
+        dtype=dtype,
         quantization=options.quantization,
         attn_implementation=options.attn_implementation,
         quantize_experts=options.quantize_experts,
+        anatomy=unlisted,
     )
     return OutlinedModel(request=request, checkpoint=checkpoint, layout=layout, options=options, config=config)
 

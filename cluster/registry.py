@@ -251,6 +251,8 @@ class Registry:
             speeds = requests.given_speeds(request.options, self._speeds.of(entry.source))
             info.plan.CopyFrom(planned.plan.to_message(speeds))
             tell(planned=info.plan)
+            for note in info.plan.notes:
+                tell(warning=note)
             specs = planned.specs(name, placement.load_id, secret, transfer, serving)
             card = registry_pb2.ModelCard(info=info).SerializeToString()
             await place(planned.plan, specs, card, placement)

@@ -369,6 +369,7 @@ def test_plan_has_the_contract_form(gateway: ScriptedGateway, client: shardlift.
         "predicted_load_seconds": None,
         "load_bottleneck": None,
         "link_bytes_per_second": None,
+        "notes": [],
     }
     asked = gateway.calls[0].request
     assert asked.source == registry_pb2.ModelSource(path="org/tiny", revision="v1")

@@ -49,6 +49,7 @@ PLAN = registry_pb2.Plan(
     load_bottleneck="link",
     kv_tokens=65_536,
     link_bytes_per_second=64e6,
+    notes=("expect snow",),
 )
 PLAN_JSON = {
     "model": "org/tiny",
@@ -75,6 +76,7 @@ PLAN_JSON = {
     "predicted_load_seconds": 200.0,
     "load_bottleneck": "link",
     "link_bytes_per_second": 64e6,
+    "notes": ["expect snow"],
 }
 INFO = registry_pb2.ModelInfo(
     name="tiny",

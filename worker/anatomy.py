@@ -2,13 +2,15 @@
 
 A stage is the family's whole model with everything that other stages own replaced by pass-throughs. That is only
 right where what runs around the loop is known, so a family is listed here once its slices have been shown to equal
-the whole, bit for bit (tests/test_families.py); any other is refused by name.
+the whole, bit for bit (tests/test_families.py). Any other must pass a check of its own (`cluster.selfcheck`), or is
+refused by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..proto.v1.errors import UnsupportedModelError
 
@@ -46,6 +48,12 @@ class Anatomy:
     asked_of_layers: tuple[str, ...] = ()
     positions: str = ""
     counts_by_mask: bool = False
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Anatomy:
+        """Of the object that `dataclasses.asdict` makes, through JSON or not."""
+        fields: dict[str, Any] = {name: tuple(each) if isinstance(each, list) else each for name, each in value.items()}
+        return cls(**fields)
 
 
 _LLAMA = Anatomy()

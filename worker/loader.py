@@ -201,6 +201,7 @@ def _build(spec: StageSpec, progress: LoadProgress) -> Skeleton:
             device=spec.device,
             attn_implementation=spec.attn_implementation,
             quantize_experts=spec.quantize_experts,
+            anatomy=spec.anatomy,
         )
         cut_skeleton(skeleton, spec.cut)
     return skeleton

@@ -243,13 +243,20 @@ def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
             "transformers doesn't know: is it a transformers checkpoint, or does it need a newer release?"
         )
     part = TEXT_PARTS.get(model_type)
-    anatomy_of(model_type if part is None else part.model_type)
     try:
         # A file has infinity as an object of its own, which transformers resolves as it reads one.
         parsed = CONFIG_MAPPING[model_type].from_dict(PreTrainedConfig._decode_special_floats(dict(config)))
         return parsed if part is None else parsed.get_text_config()
     except Exception as error:
         raise InvalidRequestError(f"config.json is not a valid {model_type} config: {one_line(error)}") from error
+
+
+def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """What `AutoModelForCausalLM` makes of `config`. Raises UnsupportedModelError."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(f"transformers has no causal language model for model type {config.model_type!r}")
+    found: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return found
 
 
 def build_skeleton(
@@ -260,18 +267,17 @@ def build_skeleton(
     device: str = "cpu",
     attn_implementation: str | None = None,
     quantize_experts: bool = False,
+    anatomy: Anatomy | None = None,
 ) -> Skeleton:
     """The whole model on the meta device, quantizable modules replaced. `config` is not kept.
 
     Which modules stay unquantized is decided here, on the whole model: decided on a slice it would change.
     `quantize_experts`: to 4 bits those too that transformers merges into parameters of three dimensions.
-    Raises UnsupportedModelError and InvalidRequestError.
+    `anatomy`: of a family that isn't listed. Raises UnsupportedModelError and InvalidRequestError.
     """
     config = type(config).from_dict(config.to_dict())
-    anatomy = anatomy_of(config.model_type)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModelError(f"transformers has no causal language model for model type {config.model_type!r}")
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    anatomy = anatomy or anatomy_of(config.model_type)
+    model_class = causal_class(config)
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
     try:
@@ -525,7 +531,7 @@ def load_weights(
     if quantizer is not None and timeline is not None:
         operation = quantizer.get_quantize_ops
         quantizer.get_quantize_ops = lambda: _Timed(operation(), timeline)
-    with _quiet_transformers():
+    with quiet_transformers():
         info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), load_config)
         # A failed conversion is reported at the end by transformers; what it couldn't convert counts as missing.
         _check_loading_info(skeleton, info)
@@ -576,7 +582,7 @@ def _load_config(skeleton: Skeleton, device: str, weight_mapping: list[Any]) -> 
 def _finish(skeleton: Skeleton, load_config: LoadStateDictConfig, info: LoadStateDictInfo) -> PreTrainedModel:
     """What `from_pretrained` does once tensors are in place: computed buffers, tied weights, evaluation mode."""
     model, quantizer = skeleton.model, skeleton.quantizer
-    with _quiet_transformers():
+    with quiet_transformers():
         info = type(model)._finalize_model_loading(model, load_config, info)
         _check_loading_info(skeleton, info)
         model.eval()
@@ -792,7 +798,7 @@ def _more(names: Any) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bar and no report in a worker's log: what they would say is raised."""
     from transformers.utils import logging
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .anatomy import Cut
+from .anatomy import Anatomy, Cut
 from .records import FileVersion, SourceSpec, TensorRecord
 from .timeline import Phase
 
@@ -44,6 +44,7 @@ class StageSpec:
     quantize_experts: as for `skeleton.build_skeleton`.
     connections: reads at a time. use_cache: read and keep quantized parts on the node. trace: keep every span's times.
     limits: for sessions. use_batches: compute single-token steps of several sessions together.
+    anatomy: of a family that isn't listed, as a self-check has found it.
     """
 
     model: str
@@ -68,6 +69,7 @@ class StageSpec:
     quantize_experts: bool = False
     limits: SessionLimits = SessionLimits()
     use_batches: bool = True
+    anatomy: Anatomy | None = None
 
     @property
     def fetch_bytes(self) -> int:
@@ -82,6 +84,8 @@ class StageSpec:
         fields = dict(value)
         fields["cut"] = Cut(**fields["cut"])
         fields["limits"] = SessionLimits(**fields["limits"])
+        if fields.get("anatomy") is not None:
+            fields["anatomy"] = Anatomy.from_json(fields["anatomy"])
         fields["source"] = SourceSpec(**fields["source"])
         fields["records"] = tuple(
             TensorRecord(**{**record, "shape": tuple(record["shape"])}) for record in fields["records"]

@@ -195,7 +195,7 @@ class StageProgress(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., fetch_bytes: _Optional[int] = ..., tensors_loaded: _Optional[int] = ..., tensors: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., done: _Optional[bool] = ..., bytes_per_second: _Optional[float] = ..., seconds_left: _Optional[float] = ..., cached: _Optional[bool] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("model", "quantization", "total_resident_bytes", "total_fetch_bytes", "stages", "dtype", "commit", "devices", "predicted_load_seconds", "load_bottleneck", "load_bottleneck_stage", "link_bytes_per_second", "link_is_measured", "kv_tokens")
+    __slots__ = ("model", "quantization", "total_resident_bytes", "total_fetch_bytes", "stages", "dtype", "commit", "devices", "predicted_load_seconds", "load_bottleneck", "load_bottleneck_stage", "link_bytes_per_second", "link_is_measured", "kv_tokens", "notes")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     TOTAL_RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +210,7 @@ class Plan(_message.Message):
     LINK_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     LINK_IS_MEASURED_FIELD_NUMBER: _ClassVar[int]
     KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
     model: str
     quantization: str
     total_resident_bytes: int
@@ -224,7 +225,8 @@ class Plan(_message.Message):
     link_bytes_per_second: float
     link_is_measured: bool
     kv_tokens: int
-    def __init__(self, model: _Optional[str] = ..., quantization: _Optional[str] = ..., total_resident_bytes: _Optional[int] = ..., total_fetch_bytes: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StagePlan, _Mapping]]] = ..., dtype: _Optional[str] = ..., commit: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[DeviceCapacity, _Mapping]]] = ..., predicted_load_seconds: _Optional[float] = ..., load_bottleneck: _Optional[str] = ..., load_bottleneck_stage: _Optional[int] = ..., link_bytes_per_second: _Optional[float] = ..., link_is_measured: _Optional[bool] = ..., kv_tokens: _Optional[int] = ...) -> None: ...
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model: _Optional[str] = ..., quantization: _Optional[str] = ..., total_resident_bytes: _Optional[int] = ..., total_fetch_bytes: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StagePlan, _Mapping]]] = ..., dtype: _Optional[str] = ..., commit: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[DeviceCapacity, _Mapping]]] = ..., predicted_load_seconds: _Optional[float] = ..., load_bottleneck: _Optional[str] = ..., load_bottleneck_stage: _Optional[int] = ..., link_bytes_per_second: _Optional[float] = ..., link_is_measured: _Optional[bool] = ..., kv_tokens: _Optional[int] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DeviceCapacity(_message.Message):
     __slots__ = ("node", "device", "capacity_bytes")

@@ -47,6 +47,24 @@ loaded (`tests/test_warm_load.py`).
 Of a model that takes images too, the text alone is loaded, as `AutoModelForCausalLM` does it, where the checkpoint's
 `model_type` is one of these: {text_parts}.
 
+## Other families
+
+A `model_type` that isn't listed, and that transformers has a causal model for, is tried out when it is planned, before
+a tensor is fetched (`cluster/selfcheck.py`). It takes a second or so, on the gateway's machine:
+
+1. A small model is made of the checkpoint's own config: few, narrow layers of each kind that there is, random weights,
+   everything else as it stands.
+2. One forward pass of it shows where its layers, embedding, norms and head are, and what runs around the layers.
+3. It is cut by that, over every cut in two and one in three, loaded as any model is, and compared with transformers in
+   one process: without a cache, prefilled whole and in chunks, decoded, with and without left padding.
+
+A difference of 0.0 in every logit is needed, and a cache no larger than planned. Then the model is loaded, and the plan
+has a note that says so. Anything else is a refusal with what differed: a family that multiplies what enters it, shares
+keys and values between layers, or keeps a cache of its own kind can't be cut so. A small model can't show what only a
+large one does; families in the table are run with their peculiarities set so that they show.
+
+## The table
+
 | `model_type` | e.g. | keeps | attention | experts in 4 bits | also |
 | --- | --- | --- | --- | --- | --- |
 """
