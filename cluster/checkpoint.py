@@ -30,7 +30,7 @@ _CONNECTIONS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRequest:
-    """Where a checkpoint is. No token: it goes beside."""
+    """Where a checkpoint is, and whether its code may run. No token: it goes beside."""
 
     path: str
     revision: str = "main"
@@ -38,6 +38,7 @@ class CheckpointRequest:
     variant: str = ""
     hub_endpoint: str = ""
     cache_dir: str = ""
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from ..proto.v1.errors import InvalidRequestError, TensorMismatchError, Unsuppor
 from ..worker.anatomy import TEXT_PARTS, Anatomy, Cut, place_of
 from ..worker.quantization import describe_quantization
 from ..worker.records import DTYPES, TensorRecord
+from ..worker.remote_code import ModelCode
 from ..worker.skeleton import KeyMap, ParameterInfo, Skeleton, build_skeleton, parse_config, unmatched_keys
 from ..worker.tensors import dtype_by_name, dtype_name
 from .plan import ModelOutline
@@ -80,8 +81,9 @@ def lay_out(
     attn_implementation: str | None,
     quantize_experts: bool = False,
     anatomy: Anatomy | None = None,
+    code: ModelCode | None = None,
 ) -> Layout:
-    """anatomy: of a family that isn't listed, as a self-check has found it.
+    """anatomy: of a family that isn't listed, as a self-check has found it. code: the checkpoint's own.
 
     Raises UnsupportedModelError, InvalidRequestError, and TensorMismatchError for tensors that the model lacks, has too
     many, or wants in another shape.
@@ -92,7 +94,7 @@ def lay_out(
             f"the checkpoint is already quantized with {method}, which can't be loaded yet: "
             "load one in 16 or 32 bits, and let it be quantized here"
         )
-    parsed = parse_config(config)
+    parsed = parse_config(config, code)
     skeleton = build_skeleton(
         parsed,
         dtype=dtype_by_name(dtype),
@@ -100,6 +102,7 @@ def lay_out(
         attn_implementation=attn_implementation,
         quantize_experts=quantize_experts,
         anatomy=anatomy,
+        code=code,
     )
     infos = list(skeleton.parameters())
     if part := TEXT_PARTS.get(str(config.get("model_type"))):

@@ -167,10 +167,10 @@ async def traces(workers: Sequence[Any]) -> AsyncIterator[registry_pb2.LoadTrace
             yield registry_pb2.LoadTrace(stage=index, json=piece, last=start + FRAME_BYTES >= len(text))
 
 
-async def tokenizer_or_none(source: SourceSpec, token: HubToken) -> Tokenizer | None:
+async def tokenizer_or_none(source: SourceSpec, token: HubToken, trust_remote_code: bool) -> Tokenizer | None:
     """Read while the token is at hand. A checkpoint may well have none: a text request will say so."""
     try:
-        return await asyncio.to_thread(Tokenizer, source, token)
+        return await asyncio.to_thread(Tokenizer, source, token, trust_remote_code)
     except ShardliftError as error:
         logger.info("no tokenizer: %s", one_line(error))
         return None

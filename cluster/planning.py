@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..proto.v1.errors import InvalidRequestError
+from ..worker.code_spec import CodeSpec, needs_code
 from ..worker.records import HubToken
+from ..worker.remote_code import find_code, import_code
 from ..worker.spec import SessionLimits, StageSpec
 from .checkpoint import Checkpoint, CheckpointRequest, read_checkpoint
 from .devices import Device
@@ -57,6 +59,7 @@ class OutlinedModel:
     layout: Layout
     options: ModelOptions
     config: Mapping[str, Any]
+    code: CodeSpec | None = None
 
     def spread(self, options: PlanOptions, devices: Sequence[Device]) -> PlannedModel:
         """Lays the model over `devices`. Raises InvalidRequestError, InvalidDeviceMapError and OutOfMemoryError."""
@@ -122,6 +125,8 @@ class PlannedModel:
                     limits=limits,
                     use_batches=serving.use_batches,
                     anatomy=model.layout.anatomy if model.layout.is_unlisted else None,
+                    code=model.code,
+                    trust_remote_code=model.request.trust_remote_code,
                 )
             )
         return specs
@@ -133,7 +138,11 @@ def outline_model(request: CheckpointRequest, token: HubToken, options: ModelOpt
     config = dict(options.config if options.config else checkpoint.config)
     config.update(options.config_overrides or {})
     dtype = resolve_dtype(options.dtype, config, checkpoint.records)
-    unlisted = unlisted_anatomy(config, dtype=dtype, attn_implementation=options.attn_implementation)
+    code = None
+    if request.trust_remote_code and needs_code(config):
+        found = find_code(checkpoint.source, token, config)
+        code = import_code(found, checkpoint.source, token)
+    unlisted = unlisted_anatomy(config, dtype=dtype, attn_implementation=options.attn_implementation, code=code)
     layout = lay_out(
         config,
         checkpoint.records,
@@ -142,8 +151,16 @@ def outline_model(request: CheckpointRequest, token: HubToken, options: ModelOpt
         attn_implementation=options.attn_implementation,
         quantize_experts=options.quantize_experts,
         anatomy=unlisted,
+        code=code,
     )
-    return OutlinedModel(request=request, checkpoint=checkpoint, layout=layout, options=options, config=config)
+    return OutlinedModel(
+        request=request,
+        checkpoint=checkpoint,
+        layout=layout,
+        options=options,
+        config=config,
+        code=None if code is None else code.spec,
+    )
 
 
 def plan_model(

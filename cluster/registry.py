@@ -102,7 +102,8 @@ class Registry:
         async with entry.tokenizing:
             if entry.tokenizer is None:
                 assert entry.source is not None
-                entry.tokenizer = await asyncio.to_thread(Tokenizer, entry.source, None)
+                trusted = entry.resident is not None and entry.resident.trust_remote_code
+                entry.tokenizer = await asyncio.to_thread(Tokenizer, entry.source, None, trusted)
         return entry.tokenizer
 
     async def ready_route(self, name: str) -> Route:
@@ -269,7 +270,7 @@ class Registry:
         reports = await loads.load_stages(placement.workers, specs, token, tell_progress, tell_place, respawn)
         resident = entry.resident = Resident(info, request, token, placement, reports, specs)
         await resident.join()
-        entry.tokenizer = await loads.tokenizer_or_none(entry.source, token)
+        entry.tokenizer = await loads.tokenizer_or_none(entry.source, token, request.source.trust_remote_code)
         info.residency.extend(loads.residency(index, report) for index, report in enumerate(reports))
         self._speeds.learn(entry.source, [stage.device for stage in planned.plan.stages], reports)
         info.load_seconds = time.monotonic() - started

@@ -59,6 +59,11 @@ class Resident:
         self.route: Route | None = None
 
     @property
+    def trust_remote_code(self) -> bool:
+        """Whether the checkpoint's own code was let run."""
+        return self._request.source.trust_remote_code
+
+    @property
     def source(self) -> SourceSpec:
         return self._specs[0].source
 

@@ -12,6 +12,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ..worker.anatomy import FAMILIES, TEXT_PARTS, Anatomy, Cut
 from ..worker.dissection import dissect, variants
 from ..worker.kv import StageCache
 from ..worker.loader import LoadProgress, load_stage
+from ..worker.remote_code import ModelCode
 from ..worker.skeleton import build_skeleton, causal_class, parse_config, quiet_transformers
 from ..worker.spec import StageSpec
 from ..worker.stage import ResidentStage, StepInput
@@ -47,20 +49,24 @@ _known: dict[str, Anatomy] = {}
 _Pass = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, bool], torch.Tensor]
 
 
-def unlisted_anatomy(config: Mapping[str, Any], *, dtype: str, attn_implementation: str | None) -> Anatomy | None:
-    """None for a family that is listed; else the anatomy by which its slices equal the whole.
+def unlisted_anatomy(
+    config: Mapping[str, Any], *, dtype: str, attn_implementation: str | None, code: ModelCode | None = None
+) -> Anatomy | None:
+    """None for a family that is listed; else, and for a checkpoint's own code, the anatomy by which slices equal the
+    whole.
 
     Raises UnsupportedModelError, with what went wrong, where there is none.
     """
     model_type = str(config.get("model_type"))
-    if model_type in FAMILIES or model_type in TEXT_PARTS:
+    if code is None and (model_type in FAMILIES or model_type in TEXT_PARTS):
         return None
-    key = json.dumps([dict(config), dtype, attn_implementation], sort_keys=True, default=str)
+    about = [dict(config), dtype, attn_implementation, None if code is None else code.spec.key]
+    key = json.dumps(about, sort_keys=True, default=str)
     if key not in _known:
-        parsed = parse_config(config)
-        causal_class(parsed)
+        parsed = parse_config(config, code)
+        causal_class(parsed, code)
         try:
-            found = _check(parsed, dtype=dtype, attn_implementation=attn_implementation)
+            found = _check(parsed, _Loading(dtype=dtype, attn_implementation=attn_implementation, code=code))
         except Exception as error:
             kind = "" if isinstance(error, ShardliftError) else f"{type(error).__name__}: "
             raise UnsupportedModelError(
@@ -73,15 +79,24 @@ def unlisted_anatomy(config: Mapping[str, Any], *, dtype: str, attn_implementati
     return _known[key]
 
 
-def _check(config: PreTrainedConfig, *, dtype: str, attn_implementation: str | None) -> Anatomy:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Loading:
+    """How the model is going to be loaded, as far as it changes what is computed."""
+
+    dtype: str
+    attn_implementation: str | None = None
+    code: ModelCode | None = None
+
+
+def _check(config: PreTrainedConfig, loading: _Loading) -> Anatomy:
     with tempfile.TemporaryDirectory(prefix="shardlift-check-") as scratch:
         folder = Path(scratch)
-        whole = _save_small(config, folder, dtype, attn_implementation)
+        whole = _save_small(config, folder, loading)
         checkpoint = read_checkpoint(CheckpointRequest(path=scratch), None)
         failures = []
         for anatomy in variants(whole, dissect(whole)):
             try:
-                _compare(whole, checkpoint, anatomy, dtype, attn_implementation)
+                _compare(whole, checkpoint, anatomy, loading)
             except Exception as error:
                 failures.append(error)
                 logger.info("%s as %s: %s", config.model_type, anatomy, one_line(error))
@@ -90,11 +105,12 @@ def _check(config: PreTrainedConfig, *, dtype: str, attn_implementation: str | N
         raise failures[0]
 
 
-def _save_small(config: PreTrainedConfig, folder: Path, dtype: str, attn_implementation: str | None) -> PreTrainedModel:
+def _save_small(config: PreTrainedConfig, folder: Path, loading: _Loading) -> PreTrainedModel:
     """Saves a small random model of `config` and gives it as transformers loads it."""
     whole = json.loads(config.to_json_string(use_diff=False))
-    small = parse_config(shrink(whole, dict(config.attribute_map)))
-    model_class = causal_class(small)
+    small = parse_config(shrink(whole, dict(config.attribute_map)), loading.code)
+    model_class = causal_class(small, loading.code)
+    dtype = dtype_by_name(loading.dtype)
     with torch.device("meta"):
         parameters = sum(each.numel() for each in model_class(small).parameters())
     if parameters > _MOST_PARAMETERS:
@@ -105,10 +121,11 @@ def _save_small(config: PreTrainedConfig, folder: Path, dtype: str, attn_impleme
         torch.manual_seed(0)
         model = model_class(small).float()
         _randomize(model)
-    arguments = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    attention = loading.attn_implementation
+    arguments = {} if attention is None else {"attn_implementation": attention}
     with quiet_transformers():
-        model.to(dtype_by_name(dtype)).save_pretrained(folder)
-        return model_class.from_pretrained(folder, dtype=dtype_by_name(dtype), **arguments).eval()
+        model.to(dtype).save_pretrained(folder)
+        return model_class.from_pretrained(folder, config=small, dtype=dtype, **arguments).eval()
 
 
 def _randomize(model: torch.nn.Module) -> None:
@@ -124,25 +141,28 @@ def _randomize(model: torch.nn.Module) -> None:
                 tensor.add_(noise, alpha=0.1)
 
 
-def _compare(
-    whole: PreTrainedModel, checkpoint: Checkpoint, anatomy: Anatomy, dtype: str, attn_implementation: str | None
-) -> None:
+def _compare(whole: PreTrainedModel, checkpoint: Checkpoint, anatomy: Anatomy, loading: _Loading) -> None:
     layout = lay_out(
         checkpoint.config,
         checkpoint.records,
-        dtype=dtype,
+        dtype=loading.dtype,
         quantization=None,
-        attn_implementation=attn_implementation,
+        attn_implementation=loading.attn_implementation,
         anatomy=anatomy,
+        code=loading.code,
     )
     layers = len(layout.outline.sizes.layers)
-    states = build_skeleton(
-        parse_config(checkpoint.config), dtype=dtype_by_name(dtype), anatomy=anatomy
-    ).state_bytes_per_row()
+    skeleton = build_skeleton(
+        parse_config(checkpoint.config, loading.code),
+        dtype=dtype_by_name(loading.dtype),
+        anatomy=anatomy,
+        code=loading.code,
+    )
+    states = skeleton.state_bytes_per_row()
     expected: list[tuple[str, torch.Tensor]] | None = None
     cuts = [[end] for end in range(1, layers)] + ([[1, layers - 1]] if layers > 2 else [])
     for ends in cuts or [[]]:
-        stages = _load(checkpoint, layout, ends, dtype, attn_implementation)
+        stages = _load(checkpoint, layout, ends, loading)
         if expected is None:
             expected = list(_runs(partial(_one_process, whole), stages[0]))
         runs = _runs(partial(_Chain, stages, layout.outline.sizes, states), stages[0])
@@ -155,9 +175,7 @@ def _compare(
                 )
 
 
-def _load(
-    checkpoint: Checkpoint, layout: Layout, ends: Sequence[int], dtype: str, attn_implementation: str | None
-) -> list[ResidentStage]:
+def _load(checkpoint: Checkpoint, layout: Layout, ends: Sequence[int], loading: _Loading) -> list[ResidentStage]:
     layers = len(layout.outline.sizes.layers)
     stages = []
     for index, (first, end) in enumerate(zip([0, *ends], [*ends, layers], strict=True)):
@@ -176,11 +194,12 @@ def _load(
             config=checkpoint.config,
             generation_config=None,
             quantization=None,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
+            dtype=loading.dtype,
+            attn_implementation=loading.attn_implementation,
             secret="",
             use_cache=False,
             anatomy=layout.anatomy,
+            code=None if loading.code is None else loading.code.spec,
         )
         stages.append(load_stage(spec, None, LoadProgress()).stage)
     return stages

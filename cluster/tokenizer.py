@@ -15,9 +15,9 @@ _HELD_BACK_TOKENS = 8
 class Tokenizer:
     """Text to ids and back. Loaded whole into memory."""
 
-    def __init__(self, spec: SourceSpec, token: HubToken) -> None:
+    def __init__(self, spec: SourceSpec, token: HubToken, trust_remote_code: bool = False) -> None:
         """Raises InvalidRequestError where the checkpoint has no tokenizer that transformers can load."""
-        self._tokenizer: Any = load_tokenizer(spec, token)
+        self._tokenizer: Any = load_tokenizer(spec, token, trust_remote_code)
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text)["input_ids"])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import bitsandbytes
 import torch
 import transformers
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..proto.v1.errors import CorruptCheckpointError, LoadCancelledError, OutOfMemoryError, one_line
 from . import quantize_cpu
@@ -20,6 +20,7 @@ from .fetch import RecordStream
 from .part_cache import PartCache, is_worth_keeping, key_of
 from .part_file import PartFile
 from .records import DTYPES, FileVersion, HubToken, TensorRecord
+from .remote_code import import_code
 from .residency import measure
 from .serialized import serialize
 from .skeleton import (
@@ -125,7 +126,7 @@ def _load(spec: StageSpec, token: HubToken, progress: LoadProgress, cache: PartC
         cache = None
     key = "" if cache is None else key_of(spec, _device_class(spec.device), _versions())
     if cache is not None and (part := cache.find(key)) is not None:
-        loaded = _load_cached(spec, part, progress)
+        loaded = _load_cached(spec, part, token, progress)
         if loaded is not None:
             return loaded
         cache.drop(key)
@@ -133,7 +134,7 @@ def _load(spec: StageSpec, token: HubToken, progress: LoadProgress, cache: PartC
         gc.collect()
         if spec.device.startswith("cuda"):
             torch.cuda.empty_cache()
-    skeleton = _build(spec, progress)
+    skeleton = _build(spec, token, progress)
     source = open_source(spec.source, token)
     try:
         model, fetched_bytes = _load_records(spec, skeleton, source, progress)
@@ -157,10 +158,10 @@ def _load(spec: StageSpec, token: HubToken, progress: LoadProgress, cache: PartC
     )
 
 
-def _load_cached(spec: StageSpec, part: PartFile, progress: LoadProgress) -> LoadedStage | None:
+def _load_cached(spec: StageSpec, part: PartFile, token: HubToken, progress: LoadProgress) -> LoadedStage | None:
     """None for a part that turns out not to be sound."""
     try:
-        return _load_part(spec, part, progress)
+        return _load_part(spec, part, token, progress)
     except CorruptCheckpointError as error:
         logger.warning("dropping a cached part: %s", one_line(error))
         return None
@@ -168,8 +169,8 @@ def _load_cached(spec: StageSpec, part: PartFile, progress: LoadProgress) -> Loa
         part.close()
 
 
-def _load_part(spec: StageSpec, part: PartFile, progress: LoadProgress) -> LoadedStage:
-    skeleton = _build(spec, progress)
+def _load_part(spec: StageSpec, part: PartFile, token: HubToken, progress: LoadProgress) -> LoadedStage:
+    skeleton = _build(spec, token, progress)
     records = list(part.records.values())
     progress.begin(records, is_cached=True)
     kept = {record.key for record in records if record.size_bytes >= _ALONE_BYTES}
@@ -191,17 +192,19 @@ def _load_part(spec: StageSpec, part: PartFile, progress: LoadProgress) -> Loade
     )
 
 
-def _build(spec: StageSpec, progress: LoadProgress) -> Skeleton:
+def _build(spec: StageSpec, token: HubToken, progress: LoadProgress) -> Skeleton:
     progress.check()
     with progress.timeline.span(BUILD):
+        code = None if spec.code is None else import_code(spec.code, spec.source, token)
         skeleton = build_skeleton(
-            parse_config(spec.config),
+            parse_config(spec.config, code),
             dtype=dtype_by_name(spec.dtype),
             quantization=spec.quantization,
             device=spec.device,
             attn_implementation=spec.attn_implementation,
             quantize_experts=spec.quantize_experts,
             anatomy=spec.anatomy,
+            code=code,
         )
         cut_skeleton(skeleton, spec.cut)
     return skeleton
@@ -321,15 +324,15 @@ def _converting(timeline: Timeline) -> Iterator[None]:
 
 def _resident(spec: StageSpec, skeleton: Skeleton) -> ResidentStage:
     """The stage that `skeleton` has become, its weights loaded."""
-    skeleton.model.generation_config = _generation_config(spec)
+    skeleton.model.generation_config = _generation_config(spec, skeleton.model.config)
     return ResidentStage(skeleton.model, skeleton.anatomy, spec.cut, spec.device)
 
 
-def _generation_config(spec: StageSpec) -> GenerationConfig:
+def _generation_config(spec: StageSpec, config: PreTrainedConfig) -> GenerationConfig:
     """As `from_pretrained` does: the checkpoint's own, else what its config implies."""
     if spec.generation_config is not None:
         return GenerationConfig.from_dict(dict(spec.generation_config))
-    return GenerationConfig.from_model_config(parse_config(spec.config))
+    return GenerationConfig.from_model_config(config)
 
 
 # ---- the cache's side ------------------------------------------------------------------------------------------------

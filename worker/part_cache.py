@@ -52,6 +52,7 @@ def key_of(spec: StageSpec, device_class: str, versions: Mapping[str, str]) -> s
         "config": spec.config,
         "quantization": spec.quantization,
         "quantize_experts": spec.quantize_experts,
+        "code": spec.code.key if spec.code is not None else None,
         "dtype": spec.dtype,
         "device": device_class,
         "versions": versions,

@@ -49,8 +49,10 @@ from ..proto.v1.errors import (
     one_line,
 )
 from .anatomy import TEXT_PARTS, Anatomy, Cut, Place, anatomy_of, place_of
+from .code_spec import needs_code
 from .experts import PROJECTIONS, Experts4bit, by_expert, is_separable
 from .merge import MergedParameter, first_rows
+from .remote_code import ModelCode
 from .serialized import restore
 from .tensors import dtype_by_name, dtype_name
 from .timeline import QUANTIZE, Timeline
@@ -230,29 +232,40 @@ class Skeleton:
         return any(source.startswith(embedding) for source in self.tied_weights.values())
 
 
-def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
+def parse_config(config: Mapping[str, Any], code: ModelCode | None = None) -> PreTrainedConfig:
     """A `config.json` as transformers' config object; of a model with images, its text's, as AutoModelForCausalLM does.
 
-    Raises UnsupportedModelError, InvalidRequestError.
+    code: the checkpoint's own, where it may run. Raises UnsupportedModelError, InvalidRequestError.
     """
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+    config_class = None if code is None else code.config_class
+    if config_class is None and (not isinstance(model_type, str) or model_type not in CONFIG_MAPPING):
+        if needs_code(config):
+            raise UnsupportedModelError(
+                f"model type {model_type!r} is defined by the checkpoint's own code: pass trust_remote_code=True, to a "
+                "gateway whose operator allows it (shardlift up --allow-remote-code)"
+            )
         architectures = config.get("architectures")
         raise UnsupportedModelError(
             f"config.json names model type {model_type!r} (architectures {architectures}), which the installed "
             "transformers doesn't know: is it a transformers checkpoint, or does it need a newer release?"
         )
-    part = TEXT_PARTS.get(model_type)
+    part = TEXT_PARTS.get(str(model_type)) if code is None else None
     try:
         # A file has infinity as an object of its own, which transformers resolves as it reads one.
-        parsed = CONFIG_MAPPING[model_type].from_dict(PreTrainedConfig._decode_special_floats(dict(config)))
+        values = PreTrainedConfig._decode_special_floats(dict(config))
+        parsed = (config_class or CONFIG_MAPPING[model_type]).from_dict(values)
         return parsed if part is None else parsed.get_text_config()
     except Exception as error:
         raise InvalidRequestError(f"config.json is not a valid {model_type} config: {one_line(error)}") from error
 
 
-def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+def causal_class(config: PreTrainedConfig, code: ModelCode | None = None) -> type[PreTrainedModel]:
     """What `AutoModelForCausalLM` makes of `config`. Raises UnsupportedModelError."""
+    if code is not None:
+        if not (isinstance(code.model_class, type) and issubclass(code.model_class, PreTrainedModel)):
+            raise UnsupportedModelError(f"{code.model_class!r} of the checkpoint's code is no PreTrainedModel")
+        return code.model_class
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(f"transformers has no causal language model for model type {config.model_type!r}")
     found: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -268,16 +281,18 @@ def build_skeleton(
     attn_implementation: str | None = None,
     quantize_experts: bool = False,
     anatomy: Anatomy | None = None,
+    code: ModelCode | None = None,
 ) -> Skeleton:
     """The whole model on the meta device, quantizable modules replaced. `config` is not kept.
 
     Which modules stay unquantized is decided here, on the whole model: decided on a slice it would change.
     `quantize_experts`: to 4 bits those too that transformers merges into parameters of three dimensions.
-    `anatomy`: of a family that isn't listed. Raises UnsupportedModelError and InvalidRequestError.
+    `anatomy`: of a family that isn't listed. `code`: the checkpoint's own.
+    Raises UnsupportedModelError and InvalidRequestError.
     """
     config = type(config).from_dict(config.to_dict())
     anatomy = anatomy or anatomy_of(config.model_type)
-    model_class = causal_class(config)
+    model_class = causal_class(config, code)
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
     try:

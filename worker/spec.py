@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .anatomy import Anatomy, Cut
+from .code_spec import CodeSpec
 from .records import FileVersion, SourceSpec, TensorRecord
 from .timeline import Phase
 
@@ -44,7 +45,8 @@ class StageSpec:
     quantize_experts: as for `skeleton.build_skeleton`.
     connections: reads at a time. use_cache: read and keep quantized parts on the node. trace: keep every span's times.
     limits: for sessions. use_batches: compute single-token steps of several sessions together.
-    anatomy: of a family that isn't listed, as a self-check has found it.
+    anatomy: of a family that isn't listed, as a self-check has found it. code: the checkpoint's own, with which
+        the model was planned. trust_remote_code: whether its tokenizer's may run, too.
     """
 
     model: str
@@ -70,6 +72,8 @@ class StageSpec:
     limits: SessionLimits = SessionLimits()
     use_batches: bool = True
     anatomy: Anatomy | None = None
+    code: CodeSpec | None = None
+    trust_remote_code: bool = False
 
     @property
     def fetch_bytes(self) -> int:
@@ -86,6 +90,8 @@ class StageSpec:
         fields["limits"] = SessionLimits(**fields["limits"])
         if fields.get("anatomy") is not None:
             fields["anatomy"] = Anatomy.from_json(fields["anatomy"])
+        if fields.get("code") is not None:
+            fields["code"] = CodeSpec(**fields["code"])
         fields["source"] = SourceSpec(**fields["source"])
         fields["records"] = tuple(
             TensorRecord(**{**record, "shape": tuple(record["shape"])}) for record in fields["records"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import threading
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 from ..proto.v1.errors import CheckpointNotFoundError, InvalidRequestError, one_line
 from .records import HubToken, SourceSpec
-from .sources import open_source, read_file
+from .remote_code import read_modules
+from .sources import Source, open_source, read_file
 
 # What transformers' tokenizers read. Weights are never among them.
 _FILES = (
@@ -29,8 +31,9 @@ _FILES = (
 _FILE_LIMIT_BYTES = 128 << 20
 
 
-def load_tokenizer(spec: SourceSpec, token: HubToken) -> Any:
-    """transformers' tokenizer of the checkpoint. No file of it stays on disk.
+def load_tokenizer(spec: SourceSpec, token: HubToken, trust_remote_code: bool = False) -> Any:
+    """transformers' tokenizer of the checkpoint, by the checkpoint's own code if it may. No file of it stays on disk,
+    but for the code in transformers' cache of modules.
 
     Raises InvalidRequestError where the checkpoint has none that transformers can load.
     """
@@ -45,26 +48,42 @@ def load_tokenizer(spec: SourceSpec, token: HubToken) -> Any:
                 except CheckpointNotFoundError:
                     continue
                 (Path(folder) / file).write_bytes(data)
+            if trust_remote_code:
+                _write_code(source, Path(folder))
         finally:
             source.close()
         try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         except Exception as error:
-            text = one_line(error, 200).replace(folder, spec.location)
+            text = one_line(error, 400).replace(folder, spec.location)
             raise InvalidRequestError(f"{spec.location} has no tokenizer that can be loaded: {text}") from None
+
+
+def _write_code(source: Source, folder: Path) -> None:
+    """The files of code that the tokenizer's config names."""
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_bytes())
+        references = config["auto_map"]["AutoTokenizer"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # there is none; what else is wrong, transformers says
+    given = references if isinstance(references, list) else [references]
+    modules = [reference.partition(".")[0] for reference in given if isinstance(reference, str)]
+    for file, data in read_modules(source, modules).items():
+        (folder / file).write_bytes(data)
 
 
 class LazyTokenizer:
     """A checkpoint's tokenizer, read when it is first asked for."""
 
-    def __init__(self, spec: SourceSpec, token: HubToken) -> None:
+    def __init__(self, spec: SourceSpec, token: HubToken, trust_remote_code: bool = False) -> None:
         self._spec = spec
         self._token = token
+        self._trust_remote_code = trust_remote_code
         self._lock = threading.Lock()
         self._tokenizer: Any = None
 
     def get(self) -> Any:
         with self._lock:
             if self._tokenizer is None:
-                self._tokenizer = load_tokenizer(self._spec, self._token)
+                self._tokenizer = load_tokenizer(self._spec, self._token, self._trust_remote_code)
             return self._tokenizer

@@ -37,6 +37,7 @@ def specs(
     attn_implementation: str | None = None,
     quantize_experts: bool = False,
     device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> list[StageSpec]:
     """Specs of the stages that end before the layers `ends`; the last one takes the rest. All on one device."""
     ends = [*ends, -1]
@@ -46,7 +47,7 @@ def specs(
         attn_implementation=attn_implementation,
         quantize_experts=quantize_experts,
     )
-    request = CheckpointRequest(path=str(folder))
+    request = CheckpointRequest(path=str(folder), trust_remote_code=trust_remote_code)
     layers = len(
         plan_model(request, None, options, PlanOptions(), parse_devices("1TiB")).outlined.layout.outline.sizes.layers
     )
