@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..proto.v1.errors import InvalidRequestError
+from ..proto.v1.tls import TLS
 from ..worker.records import HubToken
 from ..worker.spec import SessionLimits, StageSpec
 from .checkpoint import Checkpoint, CheckpointRequest, read_checkpoint
@@ -81,6 +82,7 @@ class PlannedModel:
         secret: str,
         transfer: TransferOptions | None = None,
         serving: ServingOptions | None = None,
+        tls: TLS | None = None,
     ) -> list[StageSpec]:
         """One spec for each stage, in order."""
         model = self.outlined
@@ -120,6 +122,7 @@ class PlannedModel:
                     quantize_experts=model.options.quantize_experts,
                     limits=limits,
                     use_batches=serving.use_batches,
+                    tls=tls,
                 )
             )
         return specs

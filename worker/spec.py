@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..proto.v1.tls import TLS
 from .anatomy import Cut
 from .records import FileVersion, SourceSpec, TensorRecord
 from .timeline import Phase
@@ -44,6 +45,7 @@ class StageSpec:
     quantize_experts: as for `skeleton.build_skeleton`.
     connections: reads at a time. use_cache: read and keep quantized parts on the node. trace: keep every span's times.
     limits: for sessions. use_batches: compute single-token steps of several sessions together.
+    tls: files on the node, the same paths on every one; None for plain text.
     """
 
     model: str
@@ -68,6 +70,7 @@ class StageSpec:
     quantize_experts: bool = False
     limits: SessionLimits = SessionLimits()
     use_batches: bool = True
+    tls: TLS | None = None
 
     @property
     def fetch_bytes(self) -> int:
@@ -82,6 +85,7 @@ class StageSpec:
         fields = dict(value)
         fields["cut"] = Cut(**fields["cut"])
         fields["limits"] = SessionLimits(**fields["limits"])
+        fields["tls"] = TLS(**fields["tls"]) if fields.get("tls") else None
         fields["source"] = SourceSpec(**fields["source"])
         fields["records"] = tuple(
             TensorRecord(**{**record, "shape": tuple(record["shape"])}) for record in fields["records"]
