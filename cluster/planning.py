@@ -11,6 +11,7 @@ from ..proto.v1.tls import TLS
 from ..worker.records import HubToken
 from ..worker.spec import SessionLimits, StageSpec
 from .checkpoint import Checkpoint, CheckpointRequest, read_checkpoint
+from .config_limits import check_config
 from .devices import Device
 from .layout import Layout, lay_out, resolve_dtype
 from .plan import Plan, PlanOptions, make_plan
@@ -133,6 +134,7 @@ def outline_model(request: CheckpointRequest, token: HubToken, options: ModelOpt
     checkpoint = read_checkpoint(request, token)
     config = dict(options.config if options.config else checkpoint.config)
     config.update(options.config_overrides or {})
+    check_config(config)
     layout = lay_out(
         config,
         checkpoint.records,

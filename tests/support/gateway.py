@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from unittest import mock
@@ -35,7 +36,13 @@ async def serve(
     try:
         if ring is not None:
             assert specs is not None
-            info = registry_pb2.ModelInfo(name=NAME, state=registry_pb2.MODEL_STATE_READY)
+            info = registry_pb2.ModelInfo(
+                name=NAME,
+                state=registry_pb2.MODEL_STATE_READY,
+                config_json=json.dumps(dict(specs[0].config)),
+                generation_config_json=json.dumps(dict(specs[0].generation_config or {})),
+                plan=registry_pb2.Plan(dtype="float32", stages=[registry_pb2.StagePlan()]),
+            )
             placement = Placement(model=NAME, load_id="load")
             reports = [_report(each) for each in ring.addresses]
             own = [replace(spec, tls=ring.tls) for spec in specs]
