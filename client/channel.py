@@ -67,6 +67,12 @@ def _host_port(text: str, address: str) -> str:
     return f"{host}:{port}"
 
 
+def as_recorded(address: str) -> str:
+    """An address that was written down with what it speaks, such that the environment says nothing else of it."""
+    has_scheme = bool(_split(address)[0])
+    return address if has_scheme or client_tls(os.environ) is None else PLAIN + address
+
+
 def is_secure(address: str) -> bool:
     """Whether what is sent to `address` (as `normalize` gives it) is encrypted."""
     return address.startswith(SECURE)

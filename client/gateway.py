@@ -141,7 +141,7 @@ def target(address: str | None, token: str | None, *, start: bool, tls: TLS | No
                 "no gateway is known: pass address=, set SHARDLIFT_ADDRESS, or start one with `shardlift up`"
             )
         # What it speaks is known, whatever the environment says of others.
-        found = local.address if "://" in local.address else channel.PLAIN + local.address
+        found = channel.as_recorded(local.address)
         token = token or os.environ.get("SHARDLIFT_TOKEN") or local.token
     found = channel.normalize(found, tls)
     return found, token or token_for(found)

@@ -10,8 +10,6 @@ from ...proto.v1.errors import ShardliftError, one_line
 from .. import instance
 from .common import as_json, print_json
 
-_FILE = click.Path(exists=True, dir_okay=False, resolve_path=False)
-
 
 @click.command()
 @click.option("--host", help="Address to listen on. [default: 127.0.0.1]")
@@ -19,11 +17,10 @@ _FILE = click.Path(exists=True, dir_okay=False, resolve_path=False)
 @click.option("--ray-address", help="A Ray cluster to join, in place of a local one of its own.")
 @click.option("--num-cpus", type=click.IntRange(min=1), help="CPUs for the local Ray.")
 @click.option("--num-gpus", type=click.IntRange(min=0), help="GPUs for the local Ray.")
-@click.option("--tls-cert", type=_FILE, help="The gateway's certificate, for TLS. [default: $SHARDLIFT_TLS_CERT]")
-@click.option("--tls-key", type=_FILE, help="Its private key. [default: $SHARDLIFT_TLS_KEY]")
+@click.option("--tls-cert", help="The gateway's certificate, for TLS. [default: $SHARDLIFT_TLS_CERT]")
+@click.option("--tls-key", help="Its private key. [default: $SHARDLIFT_TLS_KEY]")
 @click.option(
     "--tls-client-ca",
-    type=_FILE,
     help="Clients must have a certificate of this CA. [default: $SHARDLIFT_TLS_CLIENT_CA]",
 )
 @click.option(

@@ -41,8 +41,10 @@ class TLS:
 def client_tls(environment: Mapping[str, str]) -> TLS | None:
     """What a client's environment says: $SHARDLIFT_TLS_CA, …_CLIENT_CERT, …_CLIENT_KEY, …_NAME; None where it says
     nothing."""
-    ca, cert, key, name = (
-        environment.get(f"SHARDLIFT_TLS_{field}") or None for field in ("CA", "CLIENT_CERT", "CLIENT_KEY", "NAME")
+    ca, name = environment.get("SHARDLIFT_TLS_CA") or None, environment.get("SHARDLIFT_TLS_NAME") or None
+    cert, key = (
+        environment.get("SHARDLIFT_TLS_CLIENT_CERT") or None,
+        environment.get("SHARDLIFT_TLS_CLIENT_KEY") or None,
     )
     return TLS(ca=ca, cert=cert, key=key, name=name) if ca or cert or key or name else None
 
