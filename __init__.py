@@ -12,6 +12,7 @@ from .client.aio import AsyncClient, connect_async
 from .client.auto import AutoModelForCausalLM
 from .client.connection import Client, connect
 from .proto.v1.errors import ShardliftError
+from .proto.v1.tls import TLS
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "TLS",
     "AsyncClient",
     "AutoModelForCausalLM",
     "BitsAndBytesConfig",

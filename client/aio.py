@@ -12,6 +12,7 @@ import grpc
 
 from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import LoadCancelledError
+from ..proto.v1.tls import TLS
 from . import gateway
 from .async_gateway import AsyncGateway, at_end
 from .async_handle import AsyncRemoteModel
@@ -125,14 +126,15 @@ async def connect_async(
     *,
     timeout_s: float = CONNECT_TIMEOUT_S,
     retry_s: float = RETRY_S,
+    tls: TLS | None = None,
 ) -> AsyncClient:
     """As `connect`, for asyncio: a client of the gateway at `address`, else at $SHARDLIFT_ADDRESS, else here.
 
     Raises GatewayUnavailableError when nobody answers within `timeout_s` seconds.
     """
     # In a thread, for it may read files and ask whether a local instance answers.
-    found = await asyncio.to_thread(gateway.target, address, token, start=False)
-    opened = AsyncGateway(*found, timeout_s, retry_s)
+    found = await asyncio.to_thread(gateway.target, address, token, start=False, tls=tls)
+    opened = AsyncGateway(*found, timeout_s, retry_s, tls)
     try:
         await opened.connect()
     except BaseException:

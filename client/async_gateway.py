@@ -13,7 +13,9 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ..proto.v1 import inference_pb2_grpc, registry_pb2_grpc, status
+from ..proto.v1.credentials import failed_handshake
 from ..proto.v1.errors import GatewayUnavailableError, InvalidRequestError
+from ..proto.v1.tls import TLS
 from . import channel
 from .gateway import CALL_TIMEOUT_S, SAFE, Gateway, token_for
 from .patience import RETRY_S, Patience
@@ -33,8 +35,11 @@ class AsyncGateway:
         token: str | None,
         timeout_s: float = channel.CONNECT_TIMEOUT_S,
         retry_s: float = RETRY_S,
+        tls: TLS | None = None,
     ) -> None:
-        self.address = channel.normalize(address)
+        self.address = channel.normalize(address, tls)
+        channel.warn_of_plain_text(self.address, token)
+        self._tls = tls
         self.retry_s = retry_s
         self._token = token
         self._metadata = None if token is None else (channel.authorization(token),)
@@ -61,7 +66,7 @@ class AsyncGateway:
         if self._closed:
             raise InvalidRequestError("this client is closed: connect again")
         if self._blocking is None:
-            self._blocking = Gateway(self.address, self._token, self._timeout_s, self.retry_s)
+            self._blocking = Gateway(self.address, self._token, self._timeout_s, self.retry_s, self._tls)
         return self._blocking
 
     async def connect(self, timeout_s: float | None = None) -> None:
@@ -71,16 +76,20 @@ class AsyncGateway:
         if self._connected:
             return
         if self._channel is None:  # here, for it belongs to the loop that runs
-            self._channel = channel.open_async_channel(self.address)
+            self._channel = channel.open_async_channel(self.address, self._tls)
             self._registry = registry_pb2_grpc.ModelRegistryServiceStub(self._channel)
             self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         limit_s = self._timeout_s if timeout_s is None else min(self._timeout_s, timeout_s)
         health: Any = health_pb2_grpc.HealthStub(self._channel)
+        if channel.is_secure(self.address):
+            why = await _refusal(health, limit_s)
+            if failed_handshake(why) is not None:  # no waiting mends that
+                raise channel.no_answer(self.address, limit_s, why)
         try:
             await health.Check(health_pb2.HealthCheckRequest(), timeout=limit_s, wait_for_ready=True)
         except grpc.RpcError as error:
             if not channel.is_answer(error, wait=True):
-                raise channel.no_answer(self.address, limit_s) from None
+                raise channel.no_answer(self.address, limit_s, await _refusal(health, channel.REASON_S)) from None
         self._connected = True
 
     async def close(self) -> None:
@@ -140,6 +149,15 @@ class AsyncGateway:
 def reopen(address: str, timeout_s: float = channel.CONNECT_TIMEOUT_S, retry_s: float = RETRY_S) -> AsyncGateway:
     """The gateway at `address`, with the token that this process finds for it."""
     return AsyncGateway(address, token_for(address), timeout_s, retry_s)
+
+
+async def _refusal(health: Any, timeout_s: float) -> str:
+    """What gRPC says of an attempt to connect; nothing of one that succeeds."""
+    try:
+        await health.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+    except grpc.RpcError as error:
+        return str(error.details() or "")
+    return ""
 
 
 async def receive(gateway: AsyncGateway, call: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .connection import connect_or_start
 from .handle import RemoteModel
-from .options import outside_level
+from .outside import outside_level
 from .values import LoadEvent, LoadWarning
 
 if TYPE_CHECKING:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -10,11 +12,18 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from ..proto.v1.credentials import channel_credentials, channel_options, failed_handshake
 from ..proto.v1.errors import AuthenticationError, GatewayUnavailableError, InvalidRequestError
+from ..proto.v1.tls import TLS, client_tls
 from ..proto.v1.wire import CHANNEL_OPTIONS
+from .outside import outside_level
 
 DEFAULT_PORT = 50051
 CONNECT_TIMEOUT_S = 3.0
+# What asks for TLS, and for plain text.
+SECURE, PLAIN = "grpcs://", "grpc://"
+# For gRPC to say why nobody answered.
+REASON_S = 2.0
 
 # A peer that vanished without a word is noticed by a ping. gRPC servers by default refuse pings that come more often
 # than every five minutes, so this stays above that.
@@ -23,13 +32,28 @@ _KEEPALIVE_MS = 330_000
 _RECONNECT_MS = (200, 5_000)
 
 
-def normalize(address: str) -> str:
-    """`address` as "host:port", with the default port where it names none. Raises InvalidRequestError."""
-    text = address.strip()
-    if text.startswith("unix:"):
-        return text
+def normalize(address: str, tls: TLS | None = None) -> str:
+    """`address` as "host:port", with the default port where it names none; or "grpcs://host:port", where TLS is asked
+    for: by that, by `tls`, or for an address without a scheme by the environment. "grpc://" asks for plain text, and
+    stays. Raises InvalidRequestError.
+    """
+    scheme, rest = _split(address.strip())
+    if scheme == PLAIN and tls is not None:
+        raise InvalidRequestError(f"gateway address {address!r} asks for plain text, and tls= for TLS: leave one out")
+    if not scheme and (tls is not None or client_tls(os.environ) is not None):
+        scheme = SECURE
+    return scheme + (rest if rest.startswith("unix:") else _host_port(rest, address))
+
+
+def _split(text: str) -> tuple[str, str]:
+    """The scheme, if it is one of ours, and what follows it."""
+    scheme = next((scheme for scheme in (SECURE, PLAIN) if text.startswith(scheme)), "")
+    return scheme, text.removeprefix(scheme)
+
+
+def _host_port(text: str, address: str) -> str:
     if not text or "://" in text or "/" in text or any(character.isspace() for character in text):
-        raise InvalidRequestError(f"gateway address {address!r} is not of the form host:port")
+        raise InvalidRequestError(f"gateway address {address!r} is not of the form host:port, or grpcs://host:port")
     if text.startswith("["):
         host, bracket, rest = text.partition("]")
         host, port = host + bracket, rest.removeprefix(":")
@@ -39,12 +63,24 @@ def normalize(address: str) -> str:
         host, _, port = text.partition(":")
     port = port or str(DEFAULT_PORT)
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise InvalidRequestError(f"gateway address {address!r} is not of the form host:port")
+        raise InvalidRequestError(f"gateway address {address!r} is not of the form host:port, or grpcs://host:port")
     return f"{host}:{port}"
+
+
+def as_recorded(address: str) -> str:
+    """An address that was written down with what it speaks, such that the environment says nothing else of it."""
+    has_scheme = bool(_split(address)[0])
+    return address if has_scheme or client_tls(os.environ) is None else PLAIN + address
+
+
+def is_secure(address: str) -> bool:
+    """Whether what is sent to `address` (as `normalize` gives it) is encrypted."""
+    return address.startswith(SECURE)
 
 
 def is_loopback(address: str) -> bool:
     """Whether what is sent to `address` (as `normalize` gives it) stays on this machine."""
+    address = _split(address)[1]
     if address.startswith("unix:"):
         return True
     host = address.rpartition(":")[0].strip("[]")
@@ -56,15 +92,35 @@ def is_loopback(address: str) -> bool:
         return False
 
 
-def open_channel(address: str, token: str | None) -> grpc.Channel:
-    """A channel to `address` that sends `token` with every call. Connects when first used."""
-    channel = _secured(address)
+def is_same(address: str, other: str) -> bool:
+    """Whether both name one gateway, with the same words about TLS or without them."""
+    return _split(address)[1] == _split(other)[1]
+
+
+def warn_of_plain_text(address: str, token: str | None) -> None:
+    """Warns where `token` would travel for all to read. "grpc://" says that it may: behind a mesh that encrypts."""
+    if token is not None and not address.startswith((SECURE, PLAIN)) and not is_loopback(address):
+        warnings.warn(
+            f"the gateway token goes to {address} in plain text: have the gateway use TLS and write "
+            f"grpcs://{address}, or, where the network is safe, grpc://{address}",
+            UserWarning,
+            stacklevel=outside_level(),
+        )
+
+
+def open_channel(address: str, token: str | None, tls: TLS | None = None) -> grpc.Channel:
+    """A channel to `address` that sends `token` with every call. Connects when first used.
+
+    tls: the files for an address with TLS; by default the environment's. Raises InvalidRequestError for those that
+    can't be used.
+    """
+    channel = _secured(address, tls)
     return channel if token is None else grpc.intercept_channel(channel, _Bearer(token))
 
 
-def open_async_channel(address: str) -> grpc.aio.Channel:
+def open_async_channel(address: str, tls: TLS | None = None) -> grpc.aio.Channel:
     """A channel to `address` for the running event loop. Its calls take the token as metadata: `authorization`."""
-    return _secured_async(address)
+    return _secured_async(address, tls)
 
 
 def authorization(token: str) -> tuple[str, str]:
@@ -74,8 +130,8 @@ def authorization(token: str) -> tuple[str, str]:
     return "authorization", f"Bearer {token}"
 
 
-def _options(address: str) -> list[tuple[str, int]]:
-    options: list[tuple[str, int]] = [
+def _options(address: str) -> list[tuple[str, Any]]:
+    options: list[tuple[str, Any]] = [
         *CHANNEL_OPTIONS,
         ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
         ("grpc.initial_reconnect_backoff_ms", _RECONNECT_MS[0]),
@@ -86,15 +142,23 @@ def _options(address: str) -> list[tuple[str, int]]:
     return options
 
 
-# The one place where credentials are made: TLS goes here.
+# The one place where credentials are made.
 
 
-def _secured(address: str) -> grpc.Channel:
-    return grpc.insecure_channel(address, options=_options(address))
+def _secured(address: str, tls: TLS | None) -> grpc.Channel:
+    target, options = _split(address)[1], _options(address)
+    if not is_secure(address):
+        return grpc.insecure_channel(target, options=options)
+    tls = tls or client_tls(os.environ) or TLS()
+    return grpc.secure_channel(target, channel_credentials(tls), options=[*options, *channel_options(tls)])
 
 
-def _secured_async(address: str) -> grpc.aio.Channel:
-    return grpc.aio.insecure_channel(address, options=_options(address))
+def _secured_async(address: str, tls: TLS | None) -> grpc.aio.Channel:
+    target, options = _split(address)[1], _options(address)
+    if not is_secure(address):
+        return grpc.aio.insecure_channel(target, options=options)
+    tls = tls or client_tls(os.environ) or TLS()
+    return grpc.aio.secure_channel(target, channel_credentials(tls), options=[*options, *channel_options(tls)])
 
 
 def answers(channel: grpc.Channel, timeout_s: float, *, wait: bool) -> bool:
@@ -119,13 +183,35 @@ def is_answer(error: grpc.RpcError, *, wait: bool) -> bool:
 
 
 def wait_ready(channel: grpc.Channel, address: str, timeout_s: float) -> None:
-    """Returns once somebody answers on `channel`. Raises GatewayUnavailableError after `timeout_s`."""
+    """Returns once somebody answers on `channel`. Raises GatewayUnavailableError after `timeout_s`, and
+    AuthenticationError where it is TLS that stands between: at once, for no waiting mends that."""
+    if is_secure(address):
+        why = _refusal(channel, timeout_s)
+        if failed_handshake(why) is not None:
+            raise no_answer(address, timeout_s, why)
     if not answers(channel, timeout_s, wait=True):
-        raise no_answer(address, timeout_s)
+        raise no_answer(address, timeout_s, _refusal(channel, REASON_S))
 
 
-def no_answer(address: str, timeout_s: float) -> GatewayUnavailableError:
-    """What to raise when nobody answered at `address`."""
+def _refusal(channel: grpc.Channel, timeout_s: float) -> str:
+    """What gRPC says of an attempt to connect; nothing of one that succeeds."""
+    try:
+        health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+    except grpc.RpcError as error:
+        return str(error.details() or "")
+    return ""
+
+
+def no_answer(address: str, timeout_s: float, details: str = "") -> GatewayUnavailableError | AuthenticationError:
+    """What to raise when nobody answered at `address`. details: what gRPC says of the last attempt."""
+    if is_secure(address) and (why := failed_handshake(details)) is not None:
+        return AuthenticationError(
+            f"TLS with {address} fails: {why}; look at SHARDLIFT_TLS_CA, SHARDLIFT_TLS_NAME or tls=, and at the "
+            "gateway's certificate"
+        )
+    if "Socket closed" in details or "Connection reset" in details:
+        wanted = "a certificate (SHARDLIFT_TLS_CLIENT_CERT)" if is_secure(address) else "TLS (write grpcs://)"
+        return AuthenticationError(f"{address} closes the connection at once: its gateway may want {wanted}")
     return GatewayUnavailableError(
         f"no gateway answers at {address} (waited {timeout_s:g} s): start one with `shardlift up`, "
         "or set SHARDLIFT_ADDRESS"

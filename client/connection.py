@@ -11,6 +11,7 @@ import grpc
 
 from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import LoadCancelledError
+from ..proto.v1.tls import TLS
 from . import gateway
 from .channel import CONNECT_TIMEOUT_S
 from .describe import LoadReport, describe
@@ -140,14 +141,19 @@ def connect(
     *,
     timeout_s: float = CONNECT_TIMEOUT_S,
     retry_s: float = RETRY_S,
+    tls: TLS | None = None,
 ) -> Client:
     """A client of the gateway at `address` ("host:port"), else at $SHARDLIFT_ADDRESS, else of the local instance.
 
+    "grpcs://host:port" asks for TLS, "grpc://host:port" for plain text. `tls` names files for it; by default
+    $SHARDLIFT_TLS_CA, $SHARDLIFT_TLS_CLIENT_CERT and $SHARDLIFT_TLS_CLIENT_KEY do, each of which asks for TLS, too.
+
     `token` defaults to $SHARDLIFT_TOKEN, and for the local instance to the one it was started with. Raises
-    GatewayUnavailableError when nobody answers within `timeout_s` seconds. A gateway that is lost later is waited for
-    up to `retry_s` seconds: a generation then goes on where it was, a question is asked again.
+    GatewayUnavailableError when nobody answers within `timeout_s` seconds, AuthenticationError when TLS fails. A
+    gateway that is lost later is waited for up to `retry_s` seconds: a generation then goes on where it was, a question
+    is asked again.
     """
-    return Client(gateway.resolve(address, token, start=False, timeout_s=timeout_s, retry_s=retry_s))
+    return Client(gateway.resolve(address, token, start=False, timeout_s=timeout_s, retry_s=retry_s, tls=tls))
 
 
 def connect_or_start(address: str | None = None, token: str | None = None) -> Client:

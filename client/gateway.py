@@ -13,6 +13,7 @@ import grpc
 
 from ..proto.v1 import inference_pb2_grpc, registry_pb2_grpc, status
 from ..proto.v1.errors import GatewayUnavailableError, InvalidRequestError
+from ..proto.v1.tls import TLS
 from . import channel, instance
 from .patience import RETRY_S, Patience
 
@@ -27,8 +28,8 @@ class Gateway:
     """A connection to the gateway at `address` ("host:port"), made when first used.
 
     A gateway that has answered and then is gone is waited for up to `retry_s` seconds, by what may safely be asked
-    again. Thread-safe. A copy is the same connection. A pickle of it holds the address alone: the token is read again
-    from the environment where it is unpickled.
+    again. Thread-safe. A copy is the same connection. A pickle of it holds the address alone: the token, and the files
+    for TLS, are those of the environment where it is unpickled.
     """
 
     def __init__(
@@ -37,14 +38,16 @@ class Gateway:
         token: str | None,
         timeout_s: float = channel.CONNECT_TIMEOUT_S,
         retry_s: float = RETRY_S,
+        tls: TLS | None = None,
     ) -> None:
-        self.address = channel.normalize(address)
+        self.address = channel.normalize(address, tls)
+        channel.warn_of_plain_text(self.address, token)
         self.retry_s = retry_s
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._connected = False
         self._closed = False
-        self._channel = channel.open_channel(self.address, token)
+        self._channel = channel.open_channel(self.address, token, tls)
         self._registry = registry_pb2_grpc.ModelRegistryServiceStub(self._channel)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
@@ -125,7 +128,7 @@ class Gateway:
             raise status.from_rpc_error(error, self.address) from None
 
 
-def target(address: str | None, token: str | None, *, start: bool) -> tuple[str, str | None]:
+def target(address: str | None, token: str | None, *, start: bool, tls: TLS | None = None) -> tuple[str, str | None]:
     """Address and token of the gateway at `address`, else at $SHARDLIFT_ADDRESS, else of the local instance.
 
     `start` may start the latter. Raises GatewayUnavailableError when there is none.
@@ -137,17 +140,24 @@ def target(address: str | None, token: str | None, *, start: bool) -> tuple[str,
             raise GatewayUnavailableError(
                 "no gateway is known: pass address=, set SHARDLIFT_ADDRESS, or start one with `shardlift up`"
             )
-        found = local.address
+        # What it speaks is known, whatever the environment says of others.
+        found = channel.as_recorded(local.address)
         token = token or os.environ.get("SHARDLIFT_TOKEN") or local.token
-    found = channel.normalize(found)
+    found = channel.normalize(found, tls)
     return found, token or token_for(found)
 
 
 def resolve(
-    address: str | None, token: str | None, *, start: bool, timeout_s: float, retry_s: float = RETRY_S
+    address: str | None,
+    token: str | None,
+    *,
+    start: bool,
+    timeout_s: float,
+    retry_s: float = RETRY_S,
+    tls: TLS | None = None,
 ) -> Gateway:
     """The gateway that `target` names. Raises GatewayUnavailableError when there is none, or none answers."""
-    gateway = Gateway(*target(address, token, start=start), timeout_s, retry_s)
+    gateway = Gateway(*target(address, token, start=start, tls=tls), timeout_s, retry_s, tls)
     try:
         gateway.connect()
     except BaseException:
@@ -166,4 +176,4 @@ def token_for(address: str) -> str | None:
     if token := os.environ.get("SHARDLIFT_TOKEN"):
         return token
     local = instance.recorded()
-    return local.token if local is not None and local.address == address else None
+    return local.token if local is not None and channel.is_same(local.address, address) else None

@@ -14,8 +14,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,10 @@ class Instance:
     pid: int | None = None
     ray_address: str | None = None
     token_file: str | None = None
+    # Where it answers health checks in plain text, if its own port speaks TLS.
+    health: str | None = None
+    # The flags for TLS and remote code that it was started with.
+    security: Mapping[str, Any] | None = None
 
     @property
     def token(self) -> str | None:
@@ -73,7 +77,7 @@ def find() -> Instance | None:
     instance = recorded()
     if instance is None:
         return None
-    if _answers(instance.address):
+    if _answers(instance):
         return instance
     if instance.pid is None or not _alive(instance.pid):
         _forget(instance)
@@ -104,10 +108,12 @@ def start(
     num_cpus: int | None = None,
     num_gpus: int | None = None,
     timeout_s: float = START_TIMEOUT_S,
+    **security: str | int | bool | None,
 ) -> Instance:
     """Starts a gateway, on a Ray of its own or on the cluster at `ray_address`, and returns once it answers.
 
-    An instance that is up already and meets the request is returned as it is. Raises what the start failed with,
+    security: the flags of `shardlift up` for TLS and remote code, with underscores. An instance that is up already and
+    meets the request is returned as it is. Raises what the start failed with,
     InvalidRequestError when another instance is in the way, GatewayUnavailableError when it takes over `timeout_s`.
     """
     with _lock():
@@ -116,6 +122,11 @@ def start(
             if port is not None and not running.address.endswith(f":{port}"):
                 raise InvalidRequestError(
                     f"a local instance already runs at {running.address}: run `shardlift down` before another port"
+                )
+            if security and security != running.security:
+                raise InvalidRequestError(
+                    f"a local instance already runs at {running.address}: run `shardlift down` before other flags for "
+                    "TLS or remote code"
                 )
             return running
         stuck = recorded()
@@ -129,13 +140,21 @@ def start(
             "--ray-address": ray_address,
             "--num-cpus": num_cpus,
             "--num-gpus": num_gpus,
+            **{f"--{name.replace('_', '-')}": value for name, value in security.items()},
         }
-        arguments = [text for name, value in options.items() if value is not None for text in (name, str(value))]
-        instance = _launch(arguments, timeout_s)
+        arguments = [text for name, value in options.items() if value is not None for text in _words(name, value)]
+        instance = replace(_launch(arguments, timeout_s), security=security or None)
         # A cluster joined from a job must not make us forget the Ray of our own that `down` has to stop.
         if running is None or running.pid is None:
             _record(instance)
         return instance
+
+
+def _words(name: str, value: object) -> list[str]:
+    """As they stand on a command line."""
+    if isinstance(value, bool):
+        return [name] if value else []
+    return [name, str(value)]
 
 
 def stop() -> Instance | None:
@@ -187,7 +206,7 @@ def _watch(running: Instance) -> None:
     misses = 0
     while misses < _MISSES:
         time.sleep(_WATCH_S)
-        misses = 0 if _answers(running.address) else misses + 1
+        misses = 0 if _answers(running) else misses + 1
 
 
 def last_json_line(text: str) -> dict[str, Any] | None:
@@ -249,6 +268,8 @@ def _from_dict(values: dict[str, Any]) -> Instance:
         pid=None if values.get("pid") is None else int(values["pid"]),
         ray_address=values.get("ray_address"),
         token_file=values.get("token_file"),
+        health=values.get("health"),
+        security=values.get("security"),
     )
 
 
@@ -283,6 +304,7 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _answers(address: str) -> bool:
+def _answers(instance: Instance) -> bool:
+    address = instance.health or instance.address
     with channel.open_channel(address, None) as connection:
         return channel.answers(connection, _HEALTH_TIMEOUT_S, wait=False)

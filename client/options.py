@@ -15,6 +15,7 @@ from typing import Any
 from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import InvalidDeviceMapError, InvalidRequestError
 from .jsonable import jsonable, to_json
+from .outside import outside_level
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "cpu")
 
@@ -242,12 +243,3 @@ def _overrides(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         if name not in _MEANINGLESS | _UNSUPPORTED | {"use_safetensors"}:
             overrides[name] = value
     return overrides
-
-
-def outside_level() -> int:
-    """The `stacklevel` of the first caller outside this package, for warnings."""
-    level, frame = 1, sys._getframe(1)
-    package = __name__.partition(".")[0]
-    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] == package:
-        level, frame = level + 1, frame.f_back
-    return level

@@ -9,7 +9,7 @@ from types import TracebackType
 
 from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import InvalidRequestError
-from .options import outside_level
+from .outside import outside_level
 
 
 class TraceFile:

@@ -23,7 +23,10 @@ from ..worker.sources.urls import is_url, parse_url
 from .hub import resolve_commit
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_JSON_LIMIT_BYTES = 256 << 20  # an index of a million tensors; anything larger is no index
+_INDEX_LIMIT_BYTES = 256 << 20  # of a million tensors; anything larger is no index
+_JSON_LIMIT_BYTES = 16 << 20
+_MOST_FILES = 20_000
+_MOST_TENSORS = 4_000_000
 _HEADER_GUESS_BYTES = 64 << 10
 _CONNECTIONS = 8
 
@@ -126,9 +129,11 @@ def _read_config(source: Source, path: str) -> Mapping[str, Any]:
     return config
 
 
-def _read_json(source: Source, file: str, *, required: bool) -> dict[str, Any] | None:
+def _read_json(
+    source: Source, file: str, *, required: bool, limit_bytes: int = _JSON_LIMIT_BYTES
+) -> dict[str, Any] | None:
     try:
-        data = read_file(source, file, _JSON_LIMIT_BYTES)
+        data = read_file(source, file, limit_bytes)
     except CheckpointNotFoundError:
         if required:
             raise
@@ -156,7 +161,7 @@ def _weight_files(source: Source, request: CheckpointRequest) -> list[str]:
     single, index = f"model{dotted}.safetensors", f"model.safetensors.index{dotted}.json"
     if _exists(source, single):
         return [single]
-    listing = _read_json(source, index, required=False)
+    listing = _read_json(source, index, required=False, limit_bytes=_INDEX_LIMIT_BYTES)
     if listing is not None:
         weight_map = listing.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -166,7 +171,10 @@ def _weight_files(source: Source, request: CheckpointRequest) -> list[str]:
                 raise CorruptCheckpointError(
                     f"{index} names {str(file)[:80]!r}, which is no safetensors file beside it"
                 )
-        return sorted(set(weight_map.values()))
+        files = sorted(set(weight_map.values()))
+        if len(files) > _MOST_FILES:
+            raise CorruptCheckpointError(f"{index} names {len(files):,} files; at most {_MOST_FILES:,} are read")
+        return files
     for pickled in (f"pytorch_model{dotted}.bin", f"pytorch_model.bin.index{dotted}.json"):
         if _exists(source, pickled):
             raise UnsupportedModelError(
@@ -187,6 +195,10 @@ def _read_headers(source: Source, files: list[str]) -> tuple[dict[str, TensorRec
                 if key in records:
                     raise CorruptCheckpointError(f"tensor {key} is in both {records[key].file} and {file}")
                 records[key] = record
+            if len(records) > _MOST_TENSORS:
+                raise CorruptCheckpointError(
+                    f"the files up to {file} hold {len(records):,} tensors; at most {_MOST_TENSORS:,} are read"
+                )
     return records, versions
 
 

@@ -10,8 +10,8 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ..proto.v1.errors import InvalidRequestError, ShardliftError, one_line
-from .auth import read_token
 from .gateway import Gateway
+from .gateway_options import GatewayOptions
 from .placement import NAMESPACE
 
 logger = logging.getLogger(__name__)
@@ -25,23 +25,28 @@ _START_TIMEOUT_S = 170.0
 class Controller:
     """Runs the gateway. Restarted by Ray when its process dies; finds the resident models by their workers."""
 
-    async def __init__(self, host: str, port: int, token_file: str | None) -> None:  # type: ignore[misc]
+    async def __init__(self, options: GatewayOptions) -> None:  # type: ignore[misc]
         # Asynchronous, which Ray allows, for the sake of the event loop.
-        self._gateway = Gateway(read_token(token_file))
+        self._options = options
+        self._gateway = Gateway(options)
         # Not awaited here: answers of other actors don't reach one that is still being constructed. A restarted
         # controller has nobody to ask it for its address, and must come up all the same.
-        self._started = asyncio.create_task(self._start(host, port))
+        self._started = asyncio.create_task(self._start())
 
-    async def _start(self, host: str, port: int) -> str:
+    async def _start(self) -> str:
         try:
-            return await self._gateway.start(host, port)
+            return await self._gateway.start()
         except Exception:
-            logger.exception("the gateway could not start on %s:%s", host, port)
+            logger.exception("the gateway could not start on %s:%s", self._options.host, self._options.port)
             raise
 
     async def address(self) -> str:
         """Where the gateway serves, once it does. Raises what kept it from that."""
         return await asyncio.shield(self._started)
+
+    async def settings(self) -> GatewayOptions:
+        """What it was started with."""
+        return self._options
 
     async def shutdown(self, unload: bool) -> None:
         """Stops serving. Models go with it only if `unload`."""
@@ -49,10 +54,11 @@ class Controller:
         await self._gateway.stop(unload=unload)
 
 
-def start_controller(host: str, port: int, token_file: str | None) -> str:
-    """The address of this cluster's gateway, started if there is none. Needs a connection to Ray.
+def start_controller(options: GatewayOptions) -> tuple[str, GatewayOptions]:
+    """The address of this cluster's gateway, started if there is none, and what it was started with. Needs a
+    connection to Ray.
 
-    Raises InvalidRequestError where it can't listen.
+    Raises InvalidRequestError where it can't listen, and where one runs without the protection that is asked for.
     """
     controller = ray.remote(Controller).options(
         name=ACTOR_NAME,
@@ -64,16 +70,24 @@ def start_controller(host: str, port: int, token_file: str | None) -> str:
         max_restarts=-1,
         max_concurrency=1000,
     )
-    handle = controller.remote(host, port, token_file)
+    handle = controller.remote(options)
     try:
-        return str(ray.get(handle.address.remote(), timeout=_START_TIMEOUT_S))
+        address, actual = ray.get([handle.address.remote(), handle.settings.remote()], timeout=_START_TIMEOUT_S)
     except (RayTaskError, RayActorError) as error:
         # Ray would go on restarting what can't start.
         ray.kill(handle, no_restart=True)
         cause = getattr(error, "cause", None)
         if isinstance(cause, ShardliftError):
             raise cause from None
-        raise InvalidRequestError(f"the gateway could not start on {host}:{port}: {_last_line(error)}") from None
+        raise InvalidRequestError(
+            f"the gateway could not start on {options.host}:{options.port}: {_last_line(error)}"
+        ) from None
+    if lacking := options.lacking(actual):
+        raise InvalidRequestError(
+            f"a gateway already runs at {address}, with other settings of {', '.join(lacking)}: run `shardlift down` "
+            "first, which leaves the models of a cluster, or leave them out"
+        )
+    return str(address), actual
 
 
 def stop_controller(*, unload: bool) -> bool:

@@ -12,14 +12,16 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from ..proto.v1 import inference_pb2, inference_pb2_grpc, registry_pb2, registry_pb2_grpc
+from ..proto.v1 import inference_pb2, inference_pb2_grpc, limits, registry_pb2, registry_pb2_grpc
+from ..proto.v1.credentials import listen
 from ..proto.v1.errors import InternalError, InvalidRequestError
-from ..proto.v1.server import abort
+from ..proto.v1.server import Checked, TolerantReading, abort, readable
 from ..proto.v1.status import to_error
-from ..proto.v1.wire import CHANNEL_OPTIONS
+from ..proto.v1.wire import MAX_CALLS, SERVER_OPTIONS
 from ..worker.tensors import from_message, ids_message
 from . import node_caches, relay
-from .auth import TokenInterceptor
+from .auth import OnlyHealthChecks, TokenInterceptor, read_token
+from .gateway_options import GatewayOptions
 from .registry import Registry
 from .tokenizer import Detokenizer
 
@@ -27,15 +29,18 @@ logger = logging.getLogger(__name__)
 
 
 class Gateway:
-    """Serves one registry on one address until `stop`."""
+    """Serves one registry as `options` say, from `start` until `stop`."""
 
-    def __init__(self, token: str | None) -> None:
-        self.registry = Registry(self._changed)
+    def __init__(self, options: GatewayOptions) -> None:
+        self._options = options
+        self.registry = Registry(self._changed, options)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined] # missing in grpc-stubs
         self._health_tasks: set[Any] = set()
+        token = read_token(options.token_file)
         self._server = grpc.aio.server(
-            interceptors=[TokenInterceptor(token)] if token else [],
-            options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)],
+            interceptors=[*([TokenInterceptor(token)] if token else []), TolerantReading()],
+            options=SERVER_OPTIONS,
+            maximum_concurrent_rpcs=MAX_CALLS,
         )
         registry_pb2_grpc.add_ModelRegistryServiceServicer_to_server(_RegistryService(self.registry), self._server)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(_InferenceService(self.registry), self._server)
@@ -47,28 +52,33 @@ class Gateway:
             reflection.SERVICE_NAME,
         )
         reflection.enable_server_reflection(services, self._server)
+        self._plain_health = PlainHealth() if options.tls is not None else None
 
-    async def start(self, host: str, port: int) -> str:
-        """Finds the resident models, then listens; gives "host:port". `port` 0 takes a free one.
+    async def start(self) -> str:
+        """Finds the resident models, then listens; gives its address, "grpcs://host:port" where it speaks TLS.
 
-        Raises InvalidRequestError when the port is taken.
+        Raises InvalidRequestError when a port is taken, or a file of the TLS can't be used.
         """
-        host = f"[{host}]" if ":" in host else host
-        try:
-            bound = self._server.add_insecure_port(f"{host}:{port}")
-        except RuntimeError:
-            bound = 0
+        options = self._options
+        host = _bracketed(options.host)
+        bound = listen(self._server, f"{host}:{options.port}", options.tls)
         if not bound:
             raise InvalidRequestError(
-                f"port {port} of {host} can't be listened on: another program has it; choose another with --port"
+                f"port {options.port} of {host} can't be listened on: another program has it; choose another with "
+                "--port"
             )
         # Before anybody may ask: until then a resident model would be unknown, and its name free.
         await self.registry.recover()
         await self._server.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
-        return f"{host}:{bound}"
+        if self._plain_health is None:
+            return f"{host}:{bound}"
+        await self._plain_health.start(options.health_host, options.health_port)
+        return f"grpcs://{host}:{bound}"
 
     async def stop(self, *, unload: bool, grace_s: float = 1.0) -> None:
+        if self._plain_health is not None:
+            await self._plain_health.stop()
         await self._health.enter_graceful_shutdown()
         await self.registry.close(unload=unload)
         await self._server.stop(grace_s)
@@ -93,6 +103,7 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
         self, request: registry_pb2.PlanModelRequest, context: grpc.aio.ServicerContext
     ) -> registry_pb2.PlanModelResponse:
         try:
+            limits.check_load(request.source, request.options)
             return registry_pb2.PlanModelResponse(plan=await self._registry.plan(request.source, request.options))
         except Exception as error:
             return await _abort(context, error)
@@ -100,6 +111,10 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
     async def LoadModel(
         self, request: registry_pb2.LoadModelRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[registry_pb2.LoadModelResponse]:
+        try:
+            limits.check_load(readable(request).source, request.options, request.name)
+        except InvalidRequestError as error:
+            await _abort(context, error)
         events = self._registry.load(request)
         try:
             async for event in events:
@@ -119,6 +134,7 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
         self, request: registry_pb2.GetModelRequest, context: grpc.aio.ServicerContext
     ) -> registry_pb2.GetModelResponse:
         try:
+            limits.check_model(request.name)
             return registry_pb2.GetModelResponse(model=self._registry.model(request.name))
         except Exception as error:
             return await _abort(context, error)
@@ -127,6 +143,7 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
         self, request: registry_pb2.UnloadModelRequest, context: grpc.aio.ServicerContext
     ) -> registry_pb2.UnloadModelResponse:
         try:
+            limits.check_model(request.name)
             await self._registry.unload(request.name)
         except Exception as error:
             return await _abort(context, error)
@@ -159,6 +176,7 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         try:
+            limits.check_generate(readable(request))
             text = await self._tokenize(request)
             async for response in relay.generate(self._registry, request, context):
                 for out in [response] if text is None else text.follow(response):
@@ -190,7 +208,7 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request_iterator: AsyncIterator[inference_pb2.ForwardRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[inference_pb2.ForwardResponse]:
         try:
-            requests = aiter(request_iterator)
+            requests = Checked(request_iterator, limits.check_forward)
             first = await anext(requests, None)
             if first is not None:
                 async for response in relay.forward(self._registry, first, requests, context):
@@ -203,7 +221,7 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[inference_pb2.SessionResponse]:
         session: relay.SessionRelay | None = None
         try:
-            requests = aiter(request_iterator)
+            requests = Checked(request_iterator, limits.check_session)
             request = await anext(requests, None)
             while request is not None:
                 if session is None:
@@ -238,6 +256,36 @@ class _TextStream:
         elif kind == "finished" and (rest := self._decoder.finish()):
             return [inference_pb2.GenerateResponse(step=inference_pb2.GeneratedStep(text=rest)), response]
         return [response]
+
+
+class PlainHealth:
+    """A server that says whether the gateway serves, and nothing else: Kubernetes' probes speak no TLS."""
+
+    def __init__(self) -> None:
+        self._server = grpc.aio.server(
+            interceptors=[OnlyHealthChecks(), TolerantReading()], options=SERVER_OPTIONS, maximum_concurrent_rpcs=64
+        )
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined] # missing in grpc-stubs
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+
+    async def start(self, host: str, port: int) -> None:
+        """Listens, and says that the gateway serves. Raises InvalidRequestError when the port is taken."""
+        host = _bracketed(host)
+        if not listen(self._server, f"{host}:{port}", None):
+            raise InvalidRequestError(
+                f"port {port} of {host}, for health in plain text, can't be listened on: another program has it; "
+                "choose another with --health-port"
+            )
+        await self._server.start()
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self) -> None:
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(None)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> Any:

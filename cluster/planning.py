@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..proto.v1.errors import InvalidRequestError
+from ..proto.v1.tls import TLS
 from ..worker.code_spec import CodeSpec, needs_code
 from ..worker.records import HubToken
 from ..worker.remote_code import find_code, import_code
 from ..worker.spec import SessionLimits, StageSpec
 from .checkpoint import Checkpoint, CheckpointRequest, read_checkpoint
+from .config_limits import check_config
 from .devices import Device
 from .layout import Layout, lay_out, resolve_dtype
 from .plan import Plan, PlanOptions, make_plan
@@ -85,6 +87,7 @@ class PlannedModel:
         secret: str,
         transfer: TransferOptions | None = None,
         serving: ServingOptions | None = None,
+        tls: TLS | None = None,
     ) -> list[StageSpec]:
         """One spec for each stage, in order."""
         model = self.outlined
@@ -127,6 +130,7 @@ class PlannedModel:
                     anatomy=model.layout.anatomy if model.layout.is_unlisted else None,
                     code=model.code,
                     trust_remote_code=model.request.trust_remote_code,
+                    tls=tls,
                 )
             )
         return specs
@@ -137,6 +141,7 @@ def outline_model(request: CheckpointRequest, token: HubToken, options: ModelOpt
     checkpoint = read_checkpoint(request, token)
     config = dict(options.config if options.config else checkpoint.config)
     config.update(options.config_overrides or {})
+    check_config(config)
     dtype = resolve_dtype(options.dtype, config, checkpoint.records)
     code = None
     if request.trust_remote_code and needs_code(config):

@@ -24,6 +24,7 @@ from ..proto.v1.errors import (
 from ..worker.records import SourceSpec
 from ..worker.spec import LoadReport, StageSpec
 from . import loads, requests
+from .gateway_options import GatewayOptions
 from .placement import Placement, Seat, call, find_placements, kill, place, place_again
 from .planning import OutlinedModel, PlannedModel, outline_model
 from .resident import Resident
@@ -69,10 +70,15 @@ class Entry:
 class Registry:
     """Loads, finds and unloads models. All methods run on one event loop.
 
-    `on_change(name, state)` is told of each new state of a model.
+    `on_change(name, state)` is told of each new state of a model. options: of the gateway in front of it.
     """
 
-    def __init__(self, on_change: Callable[[str, int], None] = lambda name, state: None) -> None:
+    def __init__(
+        self,
+        on_change: Callable[[str, int], None] = lambda name, state: None,
+        options: GatewayOptions = GatewayOptions(),  # noqa: B008 - a value
+    ) -> None:
+        self._options = options
         self._entries: dict[str, Entry] = {}
         self._on_change = on_change
         self._speeds = SeenSpeeds()
@@ -183,6 +189,7 @@ class Registry:
     # -- planning --------------------------------------------------------------------------------------------------
 
     async def plan(self, source: registry_pb2.ModelSource, options: registry_pb2.LoadOptions) -> registry_pb2.Plan:
+        requests.check_remote_code(source, allowed=self._options.allow_remote_code)
         outlined = await _outline(source, options)
         speeds = requests.given_speeds(options, self._speeds.of(outlined.checkpoint.source))
         async with self._placing:  # both may hold GPUs for a moment, to learn which are free
@@ -199,6 +206,7 @@ class Registry:
 
         A failure, or the end of whoever listens, frees all that the load has taken.
         """
+        requests.check_remote_code(request.source, allowed=self._options.allow_remote_code)
         name = requests.model_name(request.name, request.source.path)
         if name in self._entries:
             raise ModelNameTakenError(f"a model called {name} is here already: unload it, or choose another name")
@@ -254,7 +262,7 @@ class Registry:
             tell(planned=info.plan)
             for note in info.plan.notes:
                 tell(warning=note)
-            specs = planned.specs(name, placement.load_id, secret, transfer, serving)
+            specs = planned.specs(name, placement.load_id, secret, transfer, serving, self._options.stage_tls)
             card = registry_pb2.ModelCard(info=info).SerializeToString()
             await place(planned.plan, specs, card, placement)
 

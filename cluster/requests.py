@@ -23,12 +23,17 @@ _MOST_CONNECTIONS = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
-def checkpoint_request(source: registry_pb2.ModelSource) -> CheckpointRequest:
-    """Raises UnsupportedModelError for trust_remote_code, which this gateway doesn't allow."""
-    if source.trust_remote_code:
+def check_remote_code(source: registry_pb2.ModelSource, *, allowed: bool) -> None:
+    """Raises UnsupportedModelError for trust_remote_code where the gateway's operator doesn't allow it."""
+    if source.trust_remote_code and not allowed:
         raise UnsupportedModelError(
-            "trust_remote_code=True is refused by this gateway: it runs no code of a checkpoint"
+            "trust_remote_code=True is refused by this gateway: it runs no code of a checkpoint, unless its operator "
+            "starts it with `shardlift up --allow-remote-code`"
         )
+
+
+def checkpoint_request(source: registry_pb2.ModelSource) -> CheckpointRequest:
+    """Of a source that `check_remote_code` has let pass."""
     return CheckpointRequest(
         path=source.path,
         revision=source.revision or "main",
@@ -36,6 +41,7 @@ def checkpoint_request(source: registry_pb2.ModelSource) -> CheckpointRequest:
         variant=source.variant,
         hub_endpoint=source.hub_endpoint.rstrip("/"),
         cache_dir=source.cache_dir,
+        trust_remote_code=source.trust_remote_code,
     )
 
 

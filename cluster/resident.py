@@ -80,7 +80,7 @@ class Resident:
 
     async def connect(self) -> None:
         """Takes a token through the ring. Raises ModelUnavailableError where a stage is known to be lost."""
-        route = Route(self._all_reports()[-1].address, self._specs[0].secret)
+        route = Route(self._all_reports()[-1].address, self._specs[0].secret, self._specs[0].tls)
         try:
             await route.canary()
         except BaseException:
@@ -112,7 +112,8 @@ class Resident:
         """Calls `on_loss` when a stage ends, until the next `watch` or `close`."""
         assert self.route is not None
         assert self._vigil is None
-        self._vigil = Vigil([report.address for report in self._all_reports()], self._metadata, on_loss)
+        addresses = [report.address for report in self._all_reports()]
+        self._vigil = Vigil(addresses, self._metadata, on_loss, self._specs[0].tls)
 
     async def close(self) -> None:
         """Lets go of the stages; they stay."""
@@ -143,7 +144,7 @@ class Resident:
         """
         await self._unwatch()
         addresses = {index: report.address for index, report in enumerate(self._reports) if report is not None}
-        silent = await lost_stages(addresses, self._metadata)
+        silent = await lost_stages(addresses, self._metadata, self._specs[0].tls)
         # Processes that hold on to their device, and answer nobody.
         hanging = {index: report.pid for index, report in enumerate(self._reports) if report and silent.get(index)}
         for index in silent:

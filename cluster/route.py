@@ -8,9 +8,11 @@ import grpc
 import grpc.aio
 
 from ..proto.v1 import inference_pb2, inference_pb2_grpc
+from ..proto.v1.credentials import stage_channel
 from ..proto.v1.errors import InternalError, ModelUnavailableError
 from ..proto.v1.status import from_rpc_error, sent_by_us
 from ..proto.v1.tensor_pb2 import Tensor
+from ..proto.v1.tls import TLS
 from ..proto.v1.wire import STAGE_CHANNEL_OPTIONS
 from ..worker.service import SECRET_HEADER
 
@@ -18,13 +20,13 @@ CANARY_TIMEOUT_S = 120.0
 
 
 class Route:
-    """`address`: the last stage's; `secret`: the model's own."""
+    """`address`: the last stage's; `secret`: the model's own; `tls`: the stages'."""
 
-    def __init__(self, address: str, secret: str) -> None:
+    def __init__(self, address: str, secret: str, tls: TLS | None = None) -> None:
         self.address = address
         self.closed = False
         self.metadata = [(SECRET_HEADER, secret)]
-        self._channel = grpc.aio.insecure_channel(address, options=STAGE_CHANNEL_OPTIONS)
+        self._channel = stage_channel(address, tls, STAGE_CHANNEL_OPTIONS)
         self.stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     async def canary(self, timeout_s: float = CANARY_TIMEOUT_S) -> None:

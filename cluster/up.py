@@ -1,7 +1,8 @@
 """`python -m shardlift.cluster.up`: a gateway, on a Ray of its own or on a cluster that is there.
 
-Prints one JSON line, {"address", "pid", "ray_address", "token_file"}, once it serves; or {"error", "message"} and exits
-with 1. On a Ray of its own it stays, as that Ray's parent, until SIGTERM, and takes everything down with it.
+Prints one JSON line, {"address", "pid", "ray_address", "token_file", "health"}, once it serves; or {"error", "message"}
+and exits with 1. "health" is where a gateway with TLS answers health checks in plain text. On a Ray of its own it
+stays, as that Ray's parent, until SIGTERM, and takes everything down with it.
 """
 
 from __future__ import annotations
@@ -14,17 +15,23 @@ import signal
 import socket
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from ..proto.v1.errors import GatewayUnavailableError, one_line
+from ..proto.v1.credentials import check
+from ..proto.v1.errors import GatewayUnavailableError, InvalidRequestError, one_line
 from ..proto.v1.status import to_error
+from ..proto.v1.tls import gateway_tls, stage_tls
 from .auth import is_loopback, keep_token
 from .controller import start_controller, stop_controller
+from .gateway_options import GatewayOptions
 from .instance_file import home
 from .placement import NAMESPACE
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_PORT = 50051
 # A Ray of our own is for this machine alone. Ray takes 127.0.0.1 for "my address on the network" (on Linux), so
@@ -40,19 +47,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ray-address")
     parser.add_argument("--num-cpus", type=int)
     parser.add_argument("--num-gpus", type=int)
+    _add_security(parser)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     try:
-        token_file = _token_file(options.host)
+        asked = _gateway_options(options)
         if options.ray_address:
             _join(options.ray_address)
         else:
             _start_ray(options.num_cpus, options.num_gpus)
-        port = options.port or _free_port(options.host)
-        address = start_controller(options.host, port, None if token_file is None else str(token_file))
+        address, actual = start_controller(_with_ports(asked))
     except Exception as error:
         ours = to_error(error)
         print(json.dumps({"error": type(ours).__name__, "message": str(ours)}), flush=True)
@@ -62,7 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
         "address": address,
         "pid": None if options.ray_address else os.getpid(),
         "ray_address": ray.get_runtime_context().gcs_address,
-        "token_file": token_file and str(token_file),
+        "token_file": asked.token_file,
+        "health": _health_address(actual),
     }
     print(json.dumps(answer), flush=True)
     if not options.ray_address:
@@ -72,8 +80,71 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _add_security(parser: argparse.ArgumentParser) -> None:
+    """Flags that the environment may give, too: a process that is started for a client inherits it."""
+    environment = os.environ
+    parser.add_argument("--tls-cert", default=environment.get("SHARDLIFT_TLS_CERT"))
+    parser.add_argument("--tls-key", default=environment.get("SHARDLIFT_TLS_KEY"))
+    parser.add_argument("--tls-client-ca", default=environment.get("SHARDLIFT_TLS_CLIENT_CA"))
+    parser.add_argument("--health-port", type=int, default=int(environment.get("SHARDLIFT_HEALTH_PORT") or 0))
+    parser.add_argument("--stage-tls-cert", default=environment.get("SHARDLIFT_STAGE_TLS_CERT"))
+    parser.add_argument("--stage-tls-key", default=environment.get("SHARDLIFT_STAGE_TLS_KEY"))
+    parser.add_argument("--stage-tls-ca", default=environment.get("SHARDLIFT_STAGE_TLS_CA"))
+    parser.add_argument("--stage-tls-name", default=environment.get("SHARDLIFT_STAGE_TLS_NAME"))
+    parser.add_argument("--allow-remote-code", action="store_true")
+
+
+def _gateway_options(options: argparse.Namespace) -> GatewayOptions:
+    """What is asked for, checked as far as it can be here. Makes the token file. Raises InvalidRequestError."""
+    tls = gateway_tls(_whole(options.tls_cert), _whole(options.tls_key), _whole(options.tls_client_ca))
+    stages = stage_tls(
+        _whole(options.stage_tls_cert),
+        _whole(options.stage_tls_key),
+        _whole(options.stage_tls_ca),
+        options.stage_tls_name,
+    )
+    for each in (tls, stages):
+        if each is not None:
+            check(each)
+    if options.health_port and tls is None:
+        raise InvalidRequestError("--health-port is for a gateway with TLS: without it, its own port answers probes")
+    token_file = _token_file(options.host)
+    if token_file is not None and tls is None and not is_loopback(options.host):
+        logger.warning("the gateway listens on %s without TLS: its token travels in plain text", options.host)
+    return GatewayOptions(
+        host=options.host,
+        port=options.port,
+        token_file=None if token_file is None else str(token_file),
+        tls=tls,
+        # Kubernetes asks from outside the pod; everybody else from here.
+        health_host=options.host if options.health_port else "127.0.0.1",
+        health_port=options.health_port,
+        stage_tls=stages,
+        allow_remote_code=options.allow_remote_code,
+    )
+
+
+def _whole(path: str | None) -> str | None:
+    """For another process, which may be in another folder."""
+    return os.path.abspath(path) if path else None
+
+
+def _with_ports(options: GatewayOptions) -> GatewayOptions:
+    """Free ports in the place of 0, chosen once: a gateway that is restarted must come back where it was."""
+    health_port = options.health_port
+    if options.tls is not None and not health_port:
+        health_port = _free_port(options.health_host)
+    return replace(options, port=options.port or _free_port(options.host), health_port=health_port)
+
+
+def _health_address(options: GatewayOptions) -> str | None:
+    if options.tls is None:
+        return None
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.health_host, options.health_host)
+    return f"[{host}]:{options.health_port}" if ":" in host else f"{host}:{options.health_port}"
+
+
 def _free_port(host: str) -> int:
-    """A port for `--port 0`, chosen once: a gateway that is restarted must come back where it was."""
     with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         return int(probe.getsockname()[1])
 

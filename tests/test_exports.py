@@ -32,6 +32,7 @@ CONTRACT = {
 
 def test_exported_names() -> None:
     assert set(shardlift.__all__) == {
+        "TLS",
         "AsyncClient",
         "AutoModelForCausalLM",
         "BitsAndBytesConfig",
@@ -85,7 +86,7 @@ def test_auto_model_cannot_be_instantiated() -> None:
 @pytest.mark.parametrize("connect", [shardlift.connect, shardlift.connect_async])
 def test_connect_takes_address_and_token(connect: Any) -> None:
     parameters = inspect.signature(connect).parameters
-    assert list(parameters) == ["address", "token", "timeout_s", "retry_s"]
+    assert list(parameters) == ["address", "token", "timeout_s", "retry_s", "tls"]
 
 
 @pytest.mark.parametrize("client", [shardlift.Client, shardlift.AsyncClient])

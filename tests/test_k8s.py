@@ -27,6 +27,7 @@ import shardlift
 from shardlift.client import channel
 from shardlift.client.cli.main import cli
 from shardlift.cluster import up
+from shardlift.proto.v1.tls import STAGE_NAME
 from shardlift.worker.byte_sizes import parse_size
 from tests.support.cluster import eventually
 from tests.support.hub import HubServer
@@ -37,10 +38,14 @@ K8S = ROOT / "k8s"
 VALIDATOR = ROOT.parent / "shared" / "k8s" / "validate.py"
 VALIDATOR_NEEDS = ("yaml", "jsonschema", "kubernetes_validate", "celpy", "referencing")
 # Made by hand or by k8s/secrets; and for k8s/load, the cluster that is there.
-EXTERNAL = ("Secret/shardlift-tokens", "Secret/shardlift-hub", "RayCluster/shardlift")
+EXTERNAL = (
+    *("Secret/shardlift-tokens", "Secret/shardlift-hub", "RayCluster/shardlift"),
+    *("Secret/shardlift-gateway-tls", "Secret/shardlift-stage-tls"),  # where TLS is, cert-manager's
+)
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+SECURITY = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
 DOCKERFILE = (K8S / "Dockerfile").read_text(encoding="utf-8")
 # An environment for programs of this one's own folder: the venv's kubectl, ray and shardlift.
 ENVIRONMENT = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
@@ -51,6 +56,7 @@ ROOTS = sorted(
     for file in K8S.rglob("kustomization.yaml")
     if "kind: Kustomization" in file.read_text(encoding="utf-8")
 )
+ENCRYPTED = ["overlays/secure", "overlays/production"]
 CLUSTERS = [root for root in ROOTS if root.startswith("overlays/") or root == "job"]
 
 needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="kubectl is not installed (the dev extra brings it)")
@@ -208,7 +214,10 @@ def test_the_gateway_is_where_it_is_looked_for(root: str) -> None:
     assert "--port" not in gateway["command"]
     assert gateway["ports"] == [{"name": "grpc", "containerPort": port}]
     probes = [gateway[name] for name in ("startupProbe", "readinessProbe", "livenessProbe") if name in gateway]
-    assert [probe["grpc"] for probe in probes] == [{"port": port}] * len(probes)
+    # Probes speak no TLS: a port of their own, then.
+    probed = int(gateway["command"][gateway["command"].index("--health-port") + 1]) if root in ENCRYPTED else port
+    assert (probed == port) is (root not in ENCRYPTED)
+    assert [probe["grpc"] for probe in probes] == [{"port": probed}] * len(probes)
     assert "readinessProbe" in gateway
     # With a restartPolicy of Never, a container that is killed is gone for good.
     never = ray_cluster(root)["headGroupSpec"]["template"]["spec"].get("restartPolicy") == "Never"
@@ -218,6 +227,7 @@ def test_the_gateway_is_where_it_is_looked_for(root: str) -> None:
     if root != "job":
         (exposed,) = one(root, "Service", "shardlift-gateway")["spec"]["ports"]
         assert (exposed["port"], exposed["targetPort"]) == (port, "grpc")
+        assert exposed["appProtocol"] == ("https" if root in ENCRYPTED else "kubernetes.io/h2c")
         for policy in rendered(root):
             if (policy["kind"], policy["metadata"]["name"]) == ("NetworkPolicy", "shardlift-gateway"):
                 assert policy["spec"]["ingress"][0]["ports"] == [{"port": port, "protocol": "TCP"}]
@@ -232,6 +242,37 @@ def test_no_port_of_rays_is_the_gateways(root: str) -> None:
     # 10002 to 19999 are its workers', 52365 its agent's, and these its head's own.
     assert not pinned & {6379, 8080, 8265, 10001, 52365, up.DEFAULT_PORT}
     assert not [port for port in pinned if 10002 <= port <= 19999]
+
+
+@needs_kubectl
+@pytest.mark.parametrize("root", ENCRYPTED)
+def test_tls_files_lie_where_they_are_looked_for(root: str) -> None:
+    """The gateway's on the head, the stages' on every node at the same path, each from its Secret; and the name in
+    their certificates is what is expected of them."""
+    head, gateway = ray_cluster(root)["headGroupSpec"]["template"]["spec"]["containers"][:2]
+    words = gateway["command"]
+    given = {word: words[index + 1] for index, word in enumerate(words) if "-tls-" in word or word.startswith("--tls")}
+    assert {"--tls-cert", "--tls-key", "--stage-tls-cert", "--stage-tls-key", "--stage-tls-ca"} == set(given)
+    secrets = {"gateway": "shardlift-gateway-tls", "stage": "shardlift-stage-tls"}
+    files = {Path(file) for file in (*given.values(), env(head)["SHARDLIFT_TLS_CA"])}
+    groups = [ray_cluster(root)["headGroupSpec"], *ray_cluster(root)["workerGroupSpecs"]]
+    for group in groups:
+        pod = group["template"]["spec"]
+        volumes = {each["name"]: each.get("secret", {}).get("secretName") for each in pod["volumes"]}
+        for container in pod["containers"]:
+            mounts = {each["mountPath"]: each for each in container["volumeMounts"]}
+            for file in files:
+                kind = file.parent.name
+                if kind == "gateway" and group is not groups[0]:
+                    assert str(file.parent) not in mounts, "its key is nobody else's"
+                    continue
+                assert volumes[mounts[str(file.parent)]["name"]] == secrets[kind]
+                assert mounts[str(file.parent)]["readOnly"]
+    assert {file.name for file in files} == {"tls.crt", "tls.key", "ca.crt"}
+    for kind, secret in secrets.items():
+        certificate = re.search(rf"^  secretName: {secret}$(.*?)^```", SECURITY, flags=re.MULTILINE | re.DOTALL)
+        assert certificate is not None
+        assert (env(head)["SHARDLIFT_TLS_NAME"] if kind == "gateway" else STAGE_NAME) in certificate[1]
 
 
 @needs_kubectl

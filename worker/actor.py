@@ -94,6 +94,7 @@ class StageWorker:
                 num_stages=self._spec.num_stages,
                 limits=self._spec.limits,
                 tokenizer=LazyTokenizer(self._spec.source, token, self._spec.trust_remote_code).get,
+                tls=self._spec.tls,
             )
             if self._spec.use_batches:
                 await self._server.pipeline.run("", lambda: try_batches(loaded.stage))

@@ -19,6 +19,7 @@ from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..proto.v1.errors import InvalidRequestError, one_line
+from ..proto.v1.limits import MOST_COPIES
 from .stage import StepInput
 
 # Fields of GenerationConfig that are floating point: a wire format that knows only doubles loses the difference, and
@@ -40,7 +41,6 @@ _FLOAT_FIELDS = frozenset(
     }
 )
 _DYNAMIC_CACHES = (None, "dynamic")
-_MOST_COPIES = 1024
 
 
 def normalize_numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -322,9 +322,11 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
             raise InvalidRequestError(f"{name}={fields[name]!r} is neither true nor false")
     if fields.get("guidance_scale") not in (None, 1.0):
         raise InvalidRequestError("guidance_scale is not available: it needs a second pass through the model")
-    copies = fields.get("num_return_sequences")
-    if copies is not None and not (isinstance(copies, int) and 0 < copies <= _MOST_COPIES):
-        raise InvalidRequestError(f"num_return_sequences={copies!r}: write 1 or more, and {_MOST_COPIES} at most")
+    # transformers makes that many copies of the input before it asks what for.
+    for name in ("num_return_sequences", "num_beams"):
+        copies = fields.get(name)
+        if copies is not None and not (isinstance(copies, int) and 0 < copies <= MOST_COPIES):
+            raise InvalidRequestError(f"{name}={copies!r}: write 1 or more, and {MOST_COPIES} at most")
     chunk = fields.get("prefill_chunk_size")
     if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
         raise InvalidRequestError(f"prefill_chunk_size={chunk!r} must be an integer of 1 or more")

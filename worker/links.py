@@ -15,17 +15,19 @@ import grpc
 import grpc.aio
 
 from ..proto.v1 import stage_pb2
-from ..proto.v1.errors import ModelUnavailableError, ShardliftError, one_line
+from ..proto.v1.credentials import stage_channel
+from ..proto.v1.errors import InvalidRequestError, ModelUnavailableError, ShardliftError, one_line
 from ..proto.v1.frames import bytes_message
 from ..proto.v1.status import from_reason
 from ..proto.v1.tensor_pb2 import Tensor
+from ..proto.v1.tls import TLS
 from ..proto.v1.wire import FRAME_BYTES, STAGE_CHANNEL_OPTIONS
 
 # A neighbour that doesn't take a connection within this time is called unreachable.
 CONNECT_TIMEOUT_S = 5.0
 STEP_METHOD = "/shardlift.v1.StageService/Step"
 # Steps in one message, of about 20 bytes and their input each.
-_MOST_GROUPED = 256
+MOST_GROUPED = 256
 
 # A step with the rest of its input's bytes, or (without a key) a session's end.
 _Item = tuple["StepKey | None", "stage_pb2.Step | stage_pb2.SessionEnd", Sequence[memoryview]]
@@ -60,8 +62,10 @@ class Link:
         address: str,
         metadata: list[tuple[str, str]],
         on_failure: Callable[[StepKey, ShardliftError], None],
+        tls: TLS | None = None,
     ) -> None:
         self.address = address
+        self._tls = tls
         self._metadata = metadata
         self._on_failure = on_failure
         # What is to be written; each session has one step under way, which bounds it.
@@ -104,7 +108,7 @@ class Link:
     async def _write(self) -> None:
         while True:
             items = [await self._outbox.get()]
-            while _is_single(items[-1]) and not self._outbox.empty() and len(items) < _MOST_GROUPED:
+            while _is_single(items[-1]) and not self._outbox.empty() and len(items) < MOST_GROUPED:
                 items.append(self._outbox.get_nowait())
             call: grpc.aio.StreamStreamCall | None = None
             keys = [key for key, _, _ in items if key is not None]
@@ -126,7 +130,14 @@ class Link:
                 if self._closed or call is None or not call.cancelled():
                     raise
                 self._break("the stream was cancelled")
-            except (grpc.RpcError, asyncio.InvalidStateError, OSError, asyncio.TimeoutError) as error:
+            # With them TLS files that can't be used just now.
+            except (
+                grpc.RpcError,
+                asyncio.InvalidStateError,
+                OSError,
+                asyncio.TimeoutError,
+                InvalidRequestError,
+            ) as error:
                 self._break(_reason(error))
 
     async def _opened(self) -> grpc.aio.StreamStreamCall:
@@ -134,7 +145,8 @@ class Link:
             return self._call
         if self._channel is not None:
             await self._channel.close(None)
-        self._channel = grpc.aio.insecure_channel(self.address, options=STAGE_CHANNEL_OPTIONS)
+        self._channel = None
+        self._channel = stage_channel(self.address, self._tls, STAGE_CHANNEL_OPTIONS)
         await asyncio.wait_for(_ready(self._channel), CONNECT_TIMEOUT_S)
         step = self._channel.stream_stream(
             STEP_METHOD, request_serializer=_serialized, response_deserializer=stage_pb2.StepResponse.FromString
@@ -237,7 +249,7 @@ async def _ready(channel: grpc.aio.Channel) -> None:
     state = channel.get_state(try_to_connect=True)
     while state is not grpc.ChannelConnectivity.READY:
         if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
-            raise ConnectionError("connection refused")
+            raise ConnectionError("connection, or TLS, refused")
         await channel.wait_for_state_change(state)
         state = channel.get_state(try_to_connect=True)
 

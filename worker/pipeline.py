@@ -17,8 +17,16 @@ from typing import Any, TypeVar
 import torch
 
 from ..proto.v1 import stage_pb2
-from ..proto.v1.errors import InternalError, ModelUnavailableError, OutOfMemoryError, ShardliftError, one_line
+from ..proto.v1.errors import (
+    InternalError,
+    InvalidRequestError,
+    ModelUnavailableError,
+    OutOfMemoryError,
+    ShardliftError,
+    one_line,
+)
 from ..proto.v1.status import to_error
+from ..proto.v1.tls import TLS
 from .compute import Compute, RowJob, SessionOverError
 from .kv import StageCache
 from .links import Link, StepKey
@@ -106,9 +114,9 @@ class StagePipeline:
 
     # -- the ring --------------------------------------------------------------------------------------------------
 
-    async def join(self, next_address: str, metadata: list[tuple[str, str]]) -> None:
+    async def join(self, next_address: str, metadata: list[tuple[str, str]], tls: TLS | None = None) -> None:
         """Sets (or replaces, after a stage has moved) the address of the next stage. Sessions under way end here."""
-        old, self._link = self._link, Link(next_address, metadata, self.fail)
+        old, self._link = self._link, Link(next_address, metadata, self.fail, tls)
         if old is not None:
             await old.close()
         self._end_all("a stage of the model was replaced")
@@ -266,6 +274,13 @@ class StagePipeline:
             held = self._caches[key.session] = _Held(self.stage.new_cache(), key.epoch)
         if step.keep is not None:
             held.cache.keep(step.keep)
+        mask = step.input.attention_mask
+        new = step.input.input.shape[1]
+        if mask is not None and mask.shape[1] != held.cache.length + new:
+            # In a batch it would fail the others' steps, too.
+            raise InvalidRequestError(
+                f"attention_mask covers {mask.shape[1]} positions; {held.cache.length} are past, and {new} new"
+            )
         if step.rows:
             held.cache.select_rows(torch.tensor(step.rows, device=self.stage.device))
         return held

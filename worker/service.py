@@ -10,10 +10,10 @@ from typing import Any
 
 import grpc
 import grpc.aio
-import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from ..proto.v1 import inference_pb2, inference_pb2_grpc, stage_pb2
+from ..proto.v1 import inference_pb2, inference_pb2_grpc, limits, stage_pb2
+from ..proto.v1.credentials import listen
 from ..proto.v1.errors import (
     AuthenticationError,
     InternalError,
@@ -21,17 +21,17 @@ from ..proto.v1.errors import (
     SessionExpiredError,
     ShardliftError,
 )
-from ..proto.v1.frames import only_bytes
-from ..proto.v1.server import HeaderGuard, abort
+from ..proto.v1.server import Checked, HeaderGuard, TolerantReading, abort, readable
 from ..proto.v1.status import code_of, to_error
-from ..proto.v1.wire import STAGE_SERVER_OPTIONS, Assembly
+from ..proto.v1.tls import TLS
+from ..proto.v1.wire import MAX_CALLS, STAGE_SERVER_OPTIONS
 from .admission import Admission
 from .links import STEP_METHOD, StepKey
 from .pipeline import IncomingStep, StagePipeline
 from .session import RingSession
 from .spec import MOST_IDLE_S, SessionLimits
-from .stage import ResidentStage, StepInput
-from .tensors import from_bytes, from_message
+from .stage import ResidentStage
+from .step_frames import StepFrames, read_frame
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +56,13 @@ class Sessions:
     async def open(self, context: grpc.aio.ServicerContext) -> AsyncIterator[RingSession]:
         """A session for the length of a call, once it is its turn. Named by the call's headers, if it has a name."""
         headers = dict(context.invocation_metadata() or ())
+        name, epoch = str(headers.get(SESSION_HEADER, "")), _epoch(str(headers.get(EPOCH_HEADER, "0")))
         ticket = await self.admission.enter()
         session = RingSession(
             self._pipeline,
             ticket,
-            name=str(headers.get(SESSION_HEADER, "")),
-            epoch=int(headers.get(EPOCH_HEADER, 0)),
+            name=name,
+            epoch=epoch,
             tokenizer=self._tokenizer,
         )
         try:
@@ -70,11 +71,17 @@ class Sessions:
             session.end()
 
 
+def _epoch(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text[:10]) == int(text[:11]) < 1 << 32):
+        raise InvalidRequestError(f"{EPOCH_HEADER} is {text[:20]!r}, not a number of 32 bits")
+    return int(text)
+
+
 class StageServer:
     """Serves one resident stage on a port of its own until `stop`.
 
     The stages of a model share `secret`, made anew for each load. tokenizer: gives the checkpoint's own, for stop
-    strings.
+    strings. tls: files for both ends of the connections between stages, which are mutual then.
     """
 
     def __init__(
@@ -85,12 +92,16 @@ class StageServer:
         num_stages: int = 1,
         limits: SessionLimits | None = None,
         tokenizer: Callable[[], Any] | None = None,
+        tls: TLS | None = None,
     ) -> None:
+        self._tls = tls
         self.pipeline = StagePipeline(stage, num_stages=num_stages)
         self.sessions = Sessions(self.pipeline, limits or SessionLimits(), tokenizer)
         self._metadata = [(SECRET_HEADER, secret)]
         guard = HeaderGuard(SECRET_HEADER, secret, AuthenticationError("this stage belongs to another model"))
-        self._server = grpc.aio.server(interceptors=[guard], options=STAGE_SERVER_OPTIONS)
+        self._server = grpc.aio.server(
+            interceptors=[guard, TolerantReading()], options=STAGE_SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS
+        )
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined] # missing in grpc-stubs
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._server.add_generic_rpc_handlers((_handlers(_StageService(self.pipeline)),))
@@ -100,7 +111,7 @@ class StageServer:
     async def start(self, host: str) -> str:
         """Listens on a free port of `host`; gives "host:port"."""
         host = f"[{host}]" if ":" in host else host
-        port = self._server.add_insecure_port(f"{host}:0")
+        port = listen(self._server, f"{host}:0", self._tls)
         if not port:
             raise InternalError(f"no port of {host} can be listened on")
         await self._server.start()
@@ -112,7 +123,7 @@ class StageServer:
 
         Sessions under way end: a joined ring is a new one.
         """
-        await self.pipeline.join(next_address, self._metadata)
+        await self.pipeline.join(next_address, self._metadata, self._tls)
 
     async def stop(self, grace_s: float = 0.5) -> None:
         # The pipeline first: who waits for a step is told why, before the server cuts them off.
@@ -125,18 +136,9 @@ def _handlers(service: _StageService) -> grpc.GenericRpcHandler:
     """StageService as its generated code would register it, but for tensors' bytes, which pass protobuf by."""
     _, name, method = STEP_METHOD.split("/")
     step = grpc.stream_stream_rpc_method_handler(
-        service.Step, request_deserializer=_read, response_serializer=stage_pb2.StepResponse.SerializeToString
+        service.Step, request_deserializer=read_frame, response_serializer=stage_pb2.StepResponse.SerializeToString
     )
     return grpc.method_handlers_generic_handler(name, {method: step})
-
-
-def _read(message: bytes) -> stage_pb2.StepRequest | memoryview:
-    more = only_bytes(stage_pb2.StepRequest.MORE_FIELD_NUMBER, message)
-    return stage_pb2.StepRequest.FromString(message) if more is None else more
-
-
-def _more(request: stage_pb2.StepRequest) -> bytes | None:
-    return request.more if request.HasField("more") else None
 
 
 class _StageService:
@@ -171,57 +173,18 @@ class _StageService:
         requests: AsyncIterator[stage_pb2.StepRequest | memoryview],
         send_back: Callable[[StepKey, ShardliftError], None],
     ) -> None:
-        head: stage_pb2.Step | None = None
-        assembly: Assembly | None = None
         take = self._pipeline.arrive if self._pipeline.stage.cut.is_last else self._take(send_back)
+        stage = self._pipeline.stage
+        frames = StepFrames(takes_ids=stage.cut.is_first, width=stage.width)
         async for request in requests:
-            more = request if isinstance(request, memoryview) else _more(request)
-            if more is not None:
-                if assembly is None:
-                    raise InvalidRequestError("tensor bytes that belong to no step")
-                assembly.add(more)
-            else:
-                assert not isinstance(request, memoryview)
-                if assembly is not None and not request.HasField("end"):
-                    raise InvalidRequestError("a step began before the one before it was whole")
-                match request.WhichOneof("frame"):
-                    case "end":
-                        self._pipeline.end_session(request.end.session)
-                    case "group":
-                        take(_apart(request.group))
-                    case "step":
-                        head, assembly = request.step, Assembly(request.step.input)
-            if head is not None and assembly is not None and assembly.complete:
-                take([_incoming(head, from_bytes(assembly.shape, assembly.dtype, assembly.data))])
-                head = assembly = None
+            came = frames.add(readable(request))
+            if isinstance(came, str):
+                self._pipeline.end_session(came)
+            elif came:
+                take(came)
 
     def _take(self, send_back: Callable[[StepKey, ShardliftError], None]) -> Callable[[Sequence[IncomingStep]], None]:
         return lambda steps: self._pipeline.pass_on(steps, send_back)
-
-
-def _apart(group: stage_pb2.StepGroup) -> list[IncomingStep]:
-    """A group's steps. Raises InvalidRequestError where their rows are not those of the input."""
-    rows = [step.input.shape[0] if step.input.shape else 0 for step in group.steps]
-    whole = from_message(group.input)
-    if not rows or min(rows) < 1 or sum(rows) != whole.shape[0]:
-        raise InvalidRequestError(f"a group of {whole.shape[0]} rows whose steps have {rows}")
-    return [_incoming(step, part) for step, part in zip(group.steps, whole.split(rows), strict=True)]
-
-
-def _incoming(head: stage_pb2.Step, tensor: torch.Tensor) -> IncomingStep:
-    return IncomingStep(
-        key=StepKey.of(head.key),
-        input=StepInput(
-            input=tensor,
-            attention_mask=from_message(head.attention_mask) if head.HasField("attention_mask") else None,
-            position_ids=from_message(head.position_ids).long(),
-            use_cache=head.use_cache,
-            one_by_one=head.one_by_one,
-        ),
-        reset_cache=head.reset_cache,
-        keep=head.keep if head.HasField("keep") else None,
-        rows=tuple(head.rows),
-    )
 
 
 class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
@@ -232,6 +195,7 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         try:
+            limits.check_generate(readable(request))
             async with self._sessions.open(context) as session:
                 async for response in session.generate(request):
                     yield response
@@ -243,7 +207,7 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[inference_pb2.ForwardResponse]:
         try:
             async with self._sessions.open(context) as session:
-                async for request in request_iterator:
+                async for request in Checked(request_iterator, limits.check_forward):
                     async for response in session.answer(request, cached=request.use_cache):
                         yield response
         except Exception as error:
@@ -255,7 +219,7 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         try:
             async with self._sessions.open(context) as session:
                 idle_s = 0.0
-                requests = aiter(request_iterator)
+                requests = Checked(request_iterator, limits.check_session)
                 while (request := await self._next(requests, idle_s)) is not None:
                     idle_s = idle_s or request.idle_timeout_s
                     async for response in _act(session, request):

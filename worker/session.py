@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from google.protobuf.json_format import MessageToDict
 
-from ..proto.v1 import inference_pb2
+from ..proto.v1 import inference_pb2, limits
 from ..proto.v1.errors import InvalidRequestError
 from ..proto.v1.tensor_pb2 import Tensor
 from .admission import Ticket
@@ -157,6 +157,10 @@ class RingSession:
             await self.forward(step, logits_to_keep=1, then=lambda logits: None)
             yield inference_pb2.ForwardResponse(logits=Tensor(shape=[0], dtype="float32"))
             return
+        rows, length = step.input.shape
+        stage = self._pipeline.stage
+        kept = min(request.logits_to_keep or length, length)
+        limits.check_logits(rows, kept, stage.vocabulary, stage.dtype.itemsize)
         head, rest = await self.forward(step, logits_to_keep=request.logits_to_keep, then=_frames)
         yield inference_pb2.ForwardResponse(logits=head)
         for frame in rest:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..proto.v1.tls import TLS
 from .anatomy import Anatomy, Cut
 from .code_spec import CodeSpec
 from .records import FileVersion, SourceSpec, TensorRecord
@@ -47,6 +48,7 @@ class StageSpec:
     limits: for sessions. use_batches: compute single-token steps of several sessions together.
     anatomy: of a family that isn't listed, as a self-check has found it. code: the checkpoint's own, with which
         the model was planned. trust_remote_code: whether its tokenizer's may run, too.
+    tls: files on the node, the same paths on every one; None for plain text.
     """
 
     model: str
@@ -74,6 +76,7 @@ class StageSpec:
     anatomy: Anatomy | None = None
     code: CodeSpec | None = None
     trust_remote_code: bool = False
+    tls: TLS | None = None
 
     @property
     def fetch_bytes(self) -> int:
@@ -92,6 +95,7 @@ class StageSpec:
             fields["anatomy"] = Anatomy.from_json(fields["anatomy"])
         if fields.get("code") is not None:
             fields["code"] = CodeSpec(**fields["code"])
+        fields["tls"] = TLS(**fields["tls"]) if fields.get("tls") else None
         fields["source"] = SourceSpec(**fields["source"])
         fields["records"] = tuple(
             TensorRecord(**{**record, "shape": tuple(record["shape"])}) for record in fields["records"]

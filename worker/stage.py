@@ -54,6 +54,8 @@ class ResidentStage:
         self._base = model.get_submodule(anatomy.base)
         config = model.config.get_text_config(decoder=True)
         self.vocabulary: int = config.vocab_size
+        # Of hidden states between layers.
+        self.width: int | None = getattr(config, "hidden_size", None)
         self._counts_by_mask = anatomy.counts_by_mask
         # Rotary positions have no end; learned ones are rows of a table.
         self._positions: int | None = getattr(config, anatomy.positions) if anatomy.positions else None

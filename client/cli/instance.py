@@ -17,6 +17,22 @@ from .common import as_json, print_json
 @click.option("--ray-address", help="A Ray cluster to join, in place of a local one of its own.")
 @click.option("--num-cpus", type=click.IntRange(min=1), help="CPUs for the local Ray.")
 @click.option("--num-gpus", type=click.IntRange(min=0), help="GPUs for the local Ray.")
+@click.option("--tls-cert", help="The gateway's certificate, for TLS. [default: $SHARDLIFT_TLS_CERT]")
+@click.option("--tls-key", help="Its private key. [default: $SHARDLIFT_TLS_KEY]")
+@click.option(
+    "--tls-client-ca",
+    help="Clients must have a certificate of this CA. [default: $SHARDLIFT_TLS_CLIENT_CA]",
+)
+@click.option(
+    "--health-port",
+    type=click.IntRange(1, 65535),
+    help="With TLS: a port that answers health checks in plain text. [default: one of this machine's own]",
+)
+@click.option("--stage-tls-cert", help="A stage's, a file on every node. [default: $SHARDLIFT_STAGE_TLS_CERT]")
+@click.option("--stage-tls-key", help="Its private key. [default: $SHARDLIFT_STAGE_TLS_KEY]")
+@click.option("--stage-tls-ca", help="The CA of stages' certificates. [default: $SHARDLIFT_STAGE_TLS_CA]")
+@click.option("--stage-tls-name", help="What these are made out to. [default: shardlift-stage]")
+@click.option("--allow-remote-code", is_flag=True, help="Listen to requests with trust_remote_code=True.")
 @click.option(
     "--block",
     is_flag=True,
@@ -31,9 +47,11 @@ def up(
     num_gpus: int | None,
     block: bool,
     json_: bool,
+    **security: str | int | bool | None,
 ) -> None:
     """Starts a gateway, on this machine or on a Ray cluster, and prints its address."""
     options = {"host": host, "port": port, "ray_address": ray_address, "num_cpus": num_cpus, "num_gpus": num_gpus}
+    options |= {name: value for name, value in security.items() if value}
 
     def tell(what: instance.Instance | ShardliftError) -> None:
         if isinstance(what, ShardliftError):

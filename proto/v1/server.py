@@ -1,16 +1,20 @@
-"""What every server of the contract does alike: let calls in by a secret header, and end failed ones with a status."""
+"""What every server of the contract does alike: let calls in by a secret header, refuse what can't be read or is too
+much, and end failed calls with a status."""
 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Awaitable, Callable
-from typing import NoReturn
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Generic, NoReturn, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
-from .errors import AuthenticationError
+from .errors import AuthenticationError, InvalidRequestError
 from .status import to_status
+
+Request = TypeVar("Request")
 
 
 async def abort(context: grpc.aio.ServicerContext, error: BaseException) -> NoReturn:
@@ -46,3 +50,70 @@ class HeaderGuard(grpc.aio.ServerInterceptor):
         if details.method.startswith(self._open_paths) or hmac.compare_digest(given.encode(), self._expected):
             return await continuation(details)
         return self._refusal
+
+
+class Malformed:
+    """In the place of a request whose bytes are no message."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = InvalidRequestError(f"the request can't be read: {type(error).__name__} in its protobuf message")
+
+
+def readable(request: Request) -> Request:
+    """`request` itself. Raises InvalidRequestError for one that could not be read."""
+    if isinstance(request, Malformed):
+        raise request.error
+    return request
+
+
+class Checked(Generic[Request]):
+    """Requests of a stream, each passed to `check`, which raises, before anybody sees it."""
+
+    def __init__(self, requests: AsyncIterator[Request], check: Callable[[Request], None]) -> None:
+        self._requests = aiter(requests)
+        self._check = check
+
+    def __aiter__(self) -> Checked[Request]:
+        return self
+
+    async def __anext__(self) -> Request:
+        request = await anext(self._requests)
+        self._check(readable(request))
+        return request
+
+
+class TolerantReading(grpc.aio.ServerInterceptor):
+    """Has requests that are no messages come as Malformed, where gRPC would end the call with UNKNOWN and log a
+    traceback. `readable` and `Checked` then refuse them with INVALID_ARGUMENT; of unary calls, this does."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler: Any = await continuation(details)
+        if handler is None or handler.request_deserializer is None:
+            return handler
+        tolerant = handler._replace(request_deserializer=_tolerant(handler.request_deserializer))
+        if tolerant.unary_unary is not None:
+            tolerant = tolerant._replace(unary_unary=_refusing(tolerant.unary_unary))
+        return tolerant
+
+
+def _tolerant(read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def tolerant(message: bytes) -> Any:
+        try:
+            return read(message)
+        except DecodeError as error:
+            return Malformed(error)
+
+    return tolerant
+
+
+def _refusing(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    async def refusing(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        if isinstance(request, Malformed):
+            await abort(context, request.error)
+        return await behaviour(request, context)
+
+    return refusing

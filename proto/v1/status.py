@@ -10,6 +10,8 @@ from grpc_status import rpc_status
 from . import errors
 
 DOMAIN = "shardlift"
+# A status travels as headers, its message twice and encoded; beyond their limit the caller would see another failure.
+_MOST_MESSAGE_BYTES = 3000
 
 # exception -> (google.rpc code, the reason that travels). Subclasses stand for themselves.
 _CODES: dict[type[errors.ShardliftError], int] = {
@@ -66,7 +68,10 @@ def to_status(error: BaseException) -> grpc.Status:
     ours = to_error(error)
     detail = any_pb2.Any()
     detail.Pack(error_details_pb2.ErrorInfo(reason=type(ours).__name__, domain=DOMAIN))
-    return rpc_status.to_status(status_pb2.Status(code=code_of(ours), message=str(ours), details=[detail]))
+    text = str(ours)
+    if len(text.encode("utf-8", "replace")) > _MOST_MESSAGE_BYTES:
+        text = text.encode("utf-8", "replace")[:_MOST_MESSAGE_BYTES].decode("utf-8", "ignore") + "…"
+    return rpc_status.to_status(status_pb2.Status(code=code_of(ours), message=text, details=[detail]))
 
 
 def _ours(error: grpc.RpcError) -> tuple[str, str] | None:

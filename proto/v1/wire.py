@@ -16,6 +16,12 @@ from .tensor_pb2 import Tensor
 FRAME_BYTES = 1 << 20
 # Room for one frame with its surroundings: a server's or channel's limit for one message.
 MAX_MESSAGE_BYTES = 4 << 20
+# All headers of one call together. More are refused, by whichever end they reach.
+MAX_METADATA_BYTES = 16 << 10
+# Calls under way on one connection, where more wait for their turn; and on one server, where more are refused.
+MAX_STREAMS = 512
+MAX_CALLS = 2048
+_HANDSHAKE_MS = 20_000
 MAX_DIMENSIONS = 8
 # A tensor larger than this is refused before anything is allocated for it.
 MAX_TENSOR_BYTES = 4 << 30
@@ -36,6 +42,15 @@ ITEM_BYTES: dict[str, int] = {
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # The soft limit, above which gRPC refuses at random, and the hard one.
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+]
+SERVER_OPTIONS: list[tuple[str, int]] = [
+    *CHANNEL_OPTIONS,
+    ("grpc.max_concurrent_streams", MAX_STREAMS),
+    ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+    ("grpc.so_reuseport", 0),
 ]
 # Towards stages and between them: a node that vanished without a word is noticed within seconds.
 STAGE_CHANNEL_OPTIONS: list[tuple[str, int]] = [
@@ -48,7 +63,7 @@ STAGE_CHANNEL_OPTIONS: list[tuple[str, int]] = [
 ]
 # What such clients may do without being sent away for too many pings.
 STAGE_SERVER_OPTIONS: list[tuple[str, int]] = [
-    *CHANNEL_OPTIONS,
+    *SERVER_OPTIONS,
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.keepalive_permit_without_calls", 1),
 ]

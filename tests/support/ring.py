@@ -17,6 +17,8 @@ from shardlift.cluster.devices import parse_devices
 from shardlift.cluster.plan import PlanOptions
 from shardlift.cluster.planning import ModelOptions, plan_model
 from shardlift.proto.v1 import inference_pb2, inference_pb2_grpc
+from shardlift.proto.v1.credentials import stage_channel
+from shardlift.proto.v1.tls import TLS
 from shardlift.proto.v1.wire import CHANNEL_OPTIONS, Assembly
 from shardlift.worker.loader import LoadProgress, load_stage
 from shardlift.worker.service import SECRET_HEADER, StageServer
@@ -72,10 +74,14 @@ def specs(
 class Ring:
     """The client's side of a ring: what the gateway would do."""
 
-    def __init__(self, stages: list[ResidentStage], servers: list[StageServer], address: str) -> None:
+    def __init__(
+        self, stages: list[ResidentStage], servers: list[StageServer], addresses: list[str], tls: TLS | None
+    ) -> None:
         self.stages = stages
         self.servers = servers
-        self.channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self.addresses = addresses
+        self.tls = tls
+        self.channel = stage_channel(addresses[-1], tls, CHANNEL_OPTIONS)
         self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.metadata = [(SECRET_HEADER, SECRET)]
 
@@ -173,10 +179,11 @@ async def serve(
     batches: bool = True,
     limits: SessionLimits | None = None,
     tokenizer: Callable[[], Any] | None = None,
+    tls: TLS | None = None,
 ) -> AsyncIterator[Ring]:
     """Serves loaded stages as a closed ring."""
     servers = [
-        StageServer(stage, secret=SECRET, num_stages=len(stages), limits=limits, tokenizer=tokenizer)
+        StageServer(stage, secret=SECRET, num_stages=len(stages), limits=limits, tokenizer=tokenizer, tls=tls)
         for stage in stages
     ]
     for server in servers:
@@ -186,7 +193,7 @@ async def serve(
     addresses = [await server.start("127.0.0.1") for server in servers]
     for index, server in enumerate(servers):
         await server.join(addresses[(index + 1) % len(addresses)])
-    ring = Ring(stages, servers, addresses[-1])
+    ring = Ring(stages, servers, addresses, tls)
     try:
         yield ring
     finally:

@@ -1,0 +1,38 @@
+"""What the operator of a gateway decides, from `shardlift up` to the actor. Paths of secrets, and no secret."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..proto.v1.tls import TLS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayOptions:
+    """host, port: to listen on; port 0 takes a free one. token_file: with the token that calls need; None for none.
+
+    tls: the gateway's own; with a CA, clients need a certificate. health_host, health_port: where a gateway with TLS
+    says in plain text whether it serves, and nothing else. stage_tls: the stages', whose files lie on every node.
+    allow_remote_code: whether a request with trust_remote_code=True is listened to.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    token_file: str | None = None
+    tls: TLS | None = None
+    health_host: str = "127.0.0.1"
+    health_port: int = 0
+    stage_tls: TLS | None = None
+    allow_remote_code: bool = False
+
+    def lacking(self, actual: GatewayOptions) -> list[str]:
+        """Flags that are asked for here, and that a gateway which runs already has otherwise."""
+        return [
+            flag
+            for flag, asked, has in (
+                ("--tls-cert", self.tls, actual.tls),
+                ("--stage-tls-cert", self.stage_tls, actual.stage_tls),
+                ("--allow-remote-code", self.allow_remote_code, actual.allow_remote_code),
+            )
+            if asked and asked != has
+        ]
