@@ -69,7 +69,7 @@ class Plan:
     predicted_load_seconds: until all stages are resident, once their workers are there; 0 when no speed is known.
     load_bottleneck: "link" or "conversion", of the stage `load_bottleneck_stage`. link_bytes_per_second: from the
     source to one node, as given, or as an earlier load has measured it. kv_tokens: tokens of all sessions together
-    whose keys and values have room on every stage; 0 when unknown.
+    whose keys and values have room on every stage; 0 when unknown. notes: what to know of how the model is loaded.
     """
 
     model: str
@@ -86,6 +86,7 @@ class Plan:
     link_bytes_per_second: float = 0.0
     link_is_measured: bool = False
     kv_tokens: int = 0
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_proto(cls, plan: registry_pb2.Plan) -> Plan:
@@ -125,6 +126,7 @@ class Plan:
             link_bytes_per_second=plan.link_bytes_per_second,
             link_is_measured=plan.link_is_measured,
             kv_tokens=plan.kv_tokens,
+            notes=tuple(plan.notes),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -135,6 +137,7 @@ class Plan:
             "total_fetch_bytes": self.total_fetch_bytes,
             "stages": [stage.to_dict() for stage in self.stages],
             "kv_tokens": self.kv_tokens,
+            "notes": list(self.notes),
             "predicted_load_seconds": self.predicted_load_seconds or None,
             "load_bottleneck": self.load_bottleneck or None,
             "link_bytes_per_second": self.link_bytes_per_second or None,

@@ -28,7 +28,8 @@ class ModelOutline:
     """What the planner needs to know of a model.
 
     modules: name and place of each one that a device map names. lighter: what it would weigh, loaded another way: the
-    option that does it, as a user would write it -> sizes; for the words of a refusal.
+    option that does it, as a user would write it -> sizes; for the words of a refusal. notes: what the user should know
+    of how it is loaded, a line each. is_fixed: that the checkpoint is quantized, and held as it is.
     """
 
     sizes: ModelSizes
@@ -37,6 +38,8 @@ class ModelOutline:
     quantization: str
     dtype: str
     lighter: tuple[tuple[str, ModelSizes], ...] = ()
+    notes: tuple[str, ...] = ()
+    is_fixed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +140,7 @@ class Plan:
             link_bytes_per_second=speeds.link,
             link_is_measured=speeds.is_measured,
             kv_tokens=self.kv_tokens,
+            notes=self.outline.notes,
         )
 
 
@@ -163,6 +167,7 @@ def make_plan(model: str, commit: str, outline: ModelOutline, devices: Sequence[
         reserve_tokens=options.reserve_tokens,
         quantization=outline.quantization,
         lighter=outline.lighter,
+        is_fixed=outline.is_fixed,
         is_limited=bool(options.max_memory),
     )
     if options.by_module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..proto.v1.errors import InvalidRequestError
@@ -13,15 +13,20 @@ from .checkpoint import Checkpoint, CheckpointRequest, read_checkpoint
 from .devices import Device
 from .layout import Layout, lay_out, resolve_dtype
 from .plan import Plan, PlanOptions, make_plan
+from .quantized import Quantized, settle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions:
-    """How the user wants the model itself: the arguments of `from_pretrained` that change what is computed."""
+    """How the user wants the model itself: the arguments of `from_pretrained` that change what is computed.
+
+    quantize_experts: None to decide by the model. requantize: quantize anew what is quantized in the checkpoint.
+    """
 
     dtype: str = "auto"
     quantization: Mapping[str, Any] | None = None
-    quantize_experts: bool = False
+    quantize_experts: bool | None = None
+    requantize: bool = False
     attn_implementation: str | None = None
     config: Mapping[str, Any] | None = None
     config_overrides: Mapping[str, Any] | None = None
@@ -56,6 +61,7 @@ class OutlinedModel:
     layout: Layout
     options: ModelOptions
     config: Mapping[str, Any]
+    quantized: Quantized
 
     def spread(self, options: PlanOptions, devices: Sequence[Device]) -> PlannedModel:
         """Lays the model over `devices`. Raises InvalidRequestError, InvalidDeviceMapError and OutOfMemoryError."""
@@ -109,7 +115,7 @@ class PlannedModel:
                     versions={record.file: model.checkpoint.versions[record.file] for record in records},
                     config=model.config,
                     generation_config=model.checkpoint.generation_config,
-                    quantization=model.options.quantization,
+                    quantization=model.quantized.quantization,
                     dtype=self.plan.outline.dtype,
                     attn_implementation=model.options.attn_implementation,
                     secret=secret,
@@ -117,7 +123,8 @@ class PlannedModel:
                     connections=transfer.connections,
                     use_cache=transfer.use_cache,
                     trace=transfer.trace,
-                    quantize_experts=model.options.quantize_experts,
+                    quantize_experts=model.layout.quantize_experts,
+                    packing=model.quantized.packing,
                     limits=limits,
                     use_batches=serving.use_batches,
                 )
@@ -130,15 +137,25 @@ def outline_model(request: CheckpointRequest, token: HubToken, options: ModelOpt
     checkpoint = read_checkpoint(request, token)
     config = dict(options.config if options.config else checkpoint.config)
     config.update(options.config_overrides or {})
+    quantized = settle(config, options.quantization, requantize=options.requantize)
     layout = lay_out(
-        config,
+        quantized.config,
         checkpoint.records,
         dtype=resolve_dtype(options.dtype, config, checkpoint.records),
-        quantization=options.quantization,
+        quantization=quantized.quantization,
         attn_implementation=options.attn_implementation,
         quantize_experts=options.quantize_experts,
+        packing=quantized.packing,
     )
-    return OutlinedModel(request=request, checkpoint=checkpoint, layout=layout, options=options, config=config)
+    layout = replace(layout, outline=replace(layout.outline, notes=(*quantized.notes, *layout.outline.notes)))
+    return OutlinedModel(
+        request=request,
+        checkpoint=checkpoint,
+        layout=layout,
+        options=options,
+        config=quantized.config,
+        quantized=quantized,
+    )
 
 
 def plan_model(

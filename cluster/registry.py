@@ -246,6 +246,8 @@ class Registry:
         info.config_json = json.dumps(dict(outlined.config))
         info.generation_config_json = json.dumps(outlined.checkpoint.generation_config or {})
         tell(started=registry_pb2.LoadStarted(name=name, commit=entry.source.commit))
+        for note in outlined.layout.outline.notes:
+            tell(warning=note)
         async with self._placing:
             planned = await self._spread(outlined, request.options)
             speeds = requests.given_speeds(request.options, self._speeds.of(entry.source))

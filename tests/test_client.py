@@ -366,6 +366,7 @@ def test_plan_has_the_contract_form(gateway: ScriptedGateway, client: shardlift.
             for index in range(2)
         ],
         "kv_tokens": 0,
+        "notes": [],
         "predicted_load_seconds": None,
         "load_bottleneck": None,
         "link_bytes_per_second": None,

@@ -72,6 +72,7 @@ PLAN_JSON = {
         }
     ],
     "kv_tokens": 65_536,
+    "notes": [],
     "predicted_load_seconds": 200.0,
     "load_bottleneck": "link",
     "link_bytes_per_second": 64e6,

@@ -43,7 +43,7 @@ class ModelSource(_message.Message):
     def __init__(self, path: _Optional[str] = ..., revision: _Optional[str] = ..., subfolder: _Optional[str] = ..., variant: _Optional[str] = ..., token: _Optional[str] = ..., hub_endpoint: _Optional[str] = ..., cache_dir: _Optional[str] = ..., trust_remote_code: _Optional[bool] = ...) -> None: ...
 
 class LoadOptions(_message.Message):
-    __slots__ = ("quantization_config_json", "dtype", "attn_implementation", "config_json", "config_overrides_json", "device_map", "device_map_by_module", "max_memory", "num_stages", "staging_budget", "connections", "without_cache", "trace", "quantize_experts", "reserve_tokens", "link_speed", "max_sessions", "max_waiting", "idle_timeout_s", "without_batching")
+    __slots__ = ("quantization_config_json", "dtype", "attn_implementation", "config_json", "config_overrides_json", "device_map", "device_map_by_module", "max_memory", "num_stages", "staging_budget", "connections", "without_cache", "trace", "quantize_experts", "reserve_tokens", "link_speed", "max_sessions", "max_waiting", "idle_timeout_s", "without_batching", "without_quantized_experts", "requantize")
     class DeviceMapByModuleEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +78,8 @@ class LoadOptions(_message.Message):
     MAX_WAITING_FIELD_NUMBER: _ClassVar[int]
     IDLE_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     WITHOUT_BATCHING_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_QUANTIZED_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    REQUANTIZE_FIELD_NUMBER: _ClassVar[int]
     quantization_config_json: str
     dtype: str
     attn_implementation: str
@@ -98,7 +100,9 @@ class LoadOptions(_message.Message):
     max_waiting: int
     idle_timeout_s: float
     without_batching: bool
-    def __init__(self, quantization_config_json: _Optional[str] = ..., dtype: _Optional[str] = ..., attn_implementation: _Optional[str] = ..., config_json: _Optional[str] = ..., config_overrides_json: _Optional[str] = ..., device_map: _Optional[str] = ..., device_map_by_module: _Optional[_Mapping[str, str]] = ..., max_memory: _Optional[_Mapping[str, str]] = ..., num_stages: _Optional[int] = ..., staging_budget: _Optional[str] = ..., connections: _Optional[int] = ..., without_cache: _Optional[bool] = ..., trace: _Optional[bool] = ..., quantize_experts: _Optional[bool] = ..., reserve_tokens: _Optional[int] = ..., link_speed: _Optional[str] = ..., max_sessions: _Optional[int] = ..., max_waiting: _Optional[int] = ..., idle_timeout_s: _Optional[float] = ..., without_batching: _Optional[bool] = ...) -> None: ...
+    without_quantized_experts: bool
+    requantize: bool
+    def __init__(self, quantization_config_json: _Optional[str] = ..., dtype: _Optional[str] = ..., attn_implementation: _Optional[str] = ..., config_json: _Optional[str] = ..., config_overrides_json: _Optional[str] = ..., device_map: _Optional[str] = ..., device_map_by_module: _Optional[_Mapping[str, str]] = ..., max_memory: _Optional[_Mapping[str, str]] = ..., num_stages: _Optional[int] = ..., staging_budget: _Optional[str] = ..., connections: _Optional[int] = ..., without_cache: _Optional[bool] = ..., trace: _Optional[bool] = ..., quantize_experts: _Optional[bool] = ..., reserve_tokens: _Optional[int] = ..., link_speed: _Optional[str] = ..., max_sessions: _Optional[int] = ..., max_waiting: _Optional[int] = ..., idle_timeout_s: _Optional[float] = ..., without_batching: _Optional[bool] = ..., without_quantized_experts: _Optional[bool] = ..., requantize: _Optional[bool] = ...) -> None: ...
 
 class PlanModelRequest(_message.Message):
     __slots__ = ("source", "options")
@@ -195,7 +199,7 @@ class StageProgress(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., fetch_bytes: _Optional[int] = ..., tensors_loaded: _Optional[int] = ..., tensors: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., done: _Optional[bool] = ..., bytes_per_second: _Optional[float] = ..., seconds_left: _Optional[float] = ..., cached: _Optional[bool] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("model", "quantization", "total_resident_bytes", "total_fetch_bytes", "stages", "dtype", "commit", "devices", "predicted_load_seconds", "load_bottleneck", "load_bottleneck_stage", "link_bytes_per_second", "link_is_measured", "kv_tokens")
+    __slots__ = ("model", "quantization", "total_resident_bytes", "total_fetch_bytes", "stages", "dtype", "commit", "devices", "predicted_load_seconds", "load_bottleneck", "load_bottleneck_stage", "link_bytes_per_second", "link_is_measured", "kv_tokens", "notes")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     TOTAL_RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +214,7 @@ class Plan(_message.Message):
     LINK_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     LINK_IS_MEASURED_FIELD_NUMBER: _ClassVar[int]
     KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
     model: str
     quantization: str
     total_resident_bytes: int
@@ -224,7 +229,8 @@ class Plan(_message.Message):
     link_bytes_per_second: float
     link_is_measured: bool
     kv_tokens: int
-    def __init__(self, model: _Optional[str] = ..., quantization: _Optional[str] = ..., total_resident_bytes: _Optional[int] = ..., total_fetch_bytes: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StagePlan, _Mapping]]] = ..., dtype: _Optional[str] = ..., commit: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[DeviceCapacity, _Mapping]]] = ..., predicted_load_seconds: _Optional[float] = ..., load_bottleneck: _Optional[str] = ..., load_bottleneck_stage: _Optional[int] = ..., link_bytes_per_second: _Optional[float] = ..., link_is_measured: _Optional[bool] = ..., kv_tokens: _Optional[int] = ...) -> None: ...
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model: _Optional[str] = ..., quantization: _Optional[str] = ..., total_resident_bytes: _Optional[int] = ..., total_fetch_bytes: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StagePlan, _Mapping]]] = ..., dtype: _Optional[str] = ..., commit: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[DeviceCapacity, _Mapping]]] = ..., predicted_load_seconds: _Optional[float] = ..., load_bottleneck: _Optional[str] = ..., load_bottleneck_stage: _Optional[int] = ..., link_bytes_per_second: _Optional[float] = ..., link_is_measured: _Optional[bool] = ..., kv_tokens: _Optional[int] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DeviceCapacity(_message.Message):
     __slots__ = ("node", "device", "capacity_bytes")

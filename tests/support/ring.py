@@ -35,7 +35,8 @@ def specs(
     quantization: Mapping[str, Any] | None = None,
     dtype: str = "auto",
     attn_implementation: str | None = None,
-    quantize_experts: bool = False,
+    quantize_experts: bool | None = False,
+    requantize: bool = False,
     device: str = "cpu",
 ) -> list[StageSpec]:
     """Specs of the stages that end before the layers `ends`; the last one takes the rest. All on one device."""
@@ -45,6 +46,7 @@ def specs(
         quantization=quantization,
         attn_implementation=attn_implementation,
         quantize_experts=quantize_experts,
+        requantize=requantize,
     )
     request = CheckpointRequest(path=str(folder))
     layers = len(
