@@ -12,7 +12,7 @@ from .records import HubToken, SourceSpec
 from .sources import open_source, read_file
 
 # What transformers' tokenizers read. Weights are never among them.
-_FILES = (
+TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
@@ -39,7 +39,7 @@ def load_tokenizer(spec: SourceSpec, token: HubToken) -> Any:
     source = open_source(spec, token)
     with tempfile.TemporaryDirectory(prefix="shardlift-tokenizer-") as folder:
         try:
-            for file in _FILES:
+            for file in TOKENIZER_FILES:
                 try:
                     data = read_file(source, file, _FILE_LIMIT_BYTES)
                 except CheckpointNotFoundError:
