@@ -532,6 +532,14 @@ def test_device_map_of_one_device(device: Any) -> None:
     assert dict(options.load_options(device_map=device).device_map_by_module) == {"": str(device)}
 
 
+@pytest.mark.parametrize(("chosen", "sent"), [(None, (False, False)), (True, (True, False)), (False, (False, True))])
+def test_experts_are_quantized_left_or_decided_upon(chosen: bool | None, sent: tuple[bool, bool]) -> None:
+    found = options.load_options(quantize_experts=chosen)
+    assert (found.quantize_experts, found.without_quantized_experts) == sent
+    assert not found.requantize
+    assert options.load_options(requantize=True).requantize
+
+
 def test_old_quantization_arguments() -> None:
     sent = options.load_options(load_in_4bit=True, bnb_4bit_quant_type="nf4", load_in_8bit=False)
     assert json.loads(sent.quantization_config_json) == {
