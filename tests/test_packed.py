@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +17,37 @@ import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    FineGrainedFP8Config,
+    Mxfp4Config,
+    PreTrainedModel,
+)
 
+from shardlift.cluster.checkpoint import CheckpointRequest
+from shardlift.cluster.devices import parse_devices
+from shardlift.cluster.plan import PlanOptions
+from shardlift.cluster.planning import ModelOptions, plan_model
 from shardlift.cluster.quantized import settle
 from shardlift.proto.v1.errors import (
     CorruptCheckpointError,
     InvalidRequestError,
+    OutOfMemoryError,
     ShardliftError,
     TensorMismatchError,
     UnsupportedModelError,
 )
+from shardlift.worker import loader
 from shardlift.worker.experts import Experts4bit
+from shardlift.worker.loader import LoadProgress, load_stage
 from shardlift.worker.packed import Packing, packing_of
+from shardlift.worker.part_cache import PartCache, key_of
 from shardlift.worker.spec import StageSpec
 from shardlift.worker.unpack import unpack
 from tests.support import packing, ring
 from tests.support.checkpoints import tiny
+from tests.support.fingerprint import fingerprint
 from tests.support.quantization import nf4
 from tests.test_families import check_decoding, check_forward, prompt
 from tests.test_layout import bytes_of, loaded, planned
@@ -221,6 +238,65 @@ async def test_quantized_anew_it_is_what_the_unpacked_checkpoint_would_be(
         async with ring.serve(ring.load(folder, (1,), **options)) as pipeline:
             ids, mask = prompt(padded=False)
             await check_forward(pipeline, whole, ids, mask)
+
+
+def test_quantized_anew_to_8_bits_and_kept_by_the_node(plain: Checkpoints, tmp_path: Path) -> None:
+    folder = packing.rewrite(plain("llama"), tmp_path / "gptq", packing.gptq(), packing.gptq_config())
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    options = {"quantization": config.to_dict(), "requantize": True}
+    check_loaded(folder, in_16_bits(folder, quantization_config=config), **options)
+    cache = PartCache(tmp_path / "parts", 1 << 30)
+    for each in planned(folder, stages=2, **options).specs("m", "l", "s"):
+        spec = replace(each, device="cpu")
+        cold = load_stage(spec, None, LoadProgress(), cache)
+        assert cold.keep is not None
+        cold.keep()
+        warm = load_stage(spec, None, LoadProgress(), cache)
+        assert (warm.fetched_bytes, warm.modules) == (0, cold.modules)
+        assert fingerprint(warm.stage.model) == fingerprint(cold.stage.model)
+        # What is unpacked otherwise is another part.
+        assert spec.packing is not None
+        other = replace(spec, packing=replace(spec.packing, zero_offset=0))
+        assert key_of(other, "cpu", {}) != key_of(spec, "cpu", {})
+    # Unpacked, it would take more of the disk than the checkpoint does.
+    [spec] = planned(folder, stages=1).specs("m", "l", "s")
+    assert load_stage(replace(spec, device="cpu"), None, LoadProgress(), cache).keep is None
+
+
+@pytest.mark.parametrize("requantize", [False, True], ids=["unpacked", "nf4"])
+@pytest.mark.parametrize(("family", "method"), [("llama", "gptq"), ("mixtral", "fp8")])
+def test_one_weights_parts_live_at_a_time(
+    plain: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, method: str, requantize: bool
+) -> None:
+    packer, config = {
+        "gptq": (packing.gptq(), packing.gptq_config()),
+        "fp8": (packing.fp8(), packing.fp8_config()),
+    }[method]
+    folder = packing.rewrite(plain(family), tmp_path / method, packer, config)
+    alive: list[weakref.ref[torch.UntypedStorage]] = []
+    calls = 0
+
+    def watched(key: str, parts: Mapping[str, torch.Tensor], *arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        found = [storage for each in alive if (storage := each()) is not None]
+        assert not found, f"{len(found)} tensors of weights before {key} still live"
+        # The weight itself may stay, or be quantized and go; its parts may not.
+        alive.extend(weakref.ref(part.untyped_storage()) for part in parts.values())
+        return unpack(key, parts, *arguments)
+
+    monkeypatch.setattr(loader, "unpack", watched)
+    options = {"quantization": nf4().to_dict(), "requantize": True, "quantize_experts": None} if requantize else {}
+    results = loaded(planned(folder, stages=1, **options))
+    assert len(results) == 1
+    assert calls > 7 * LAYERS - 1
+
+
+def test_a_refusal_for_want_of_memory_names_what_would_fit(plain: Checkpoints, tmp_path: Path) -> None:
+    folder = packing.rewrite(plain("llama"), tmp_path / "gptq", packing.gptq(), packing.gptq_config())
+    request = CheckpointRequest(path=str(folder))
+    with pytest.raises(OutOfMemoryError, match="set load_in_4bit=True, requantize=True"):
+        plan_model(request, None, ModelOptions(), PlanOptions(), parse_devices("100KiB"))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
