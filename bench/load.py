@@ -238,7 +238,7 @@ def specs(folder: Path, stages: int, device: str, options: argparse.Namespace) -
     planned = plan_model(
         CheckpointRequest(path=str(folder)),
         None,
-        ModelOptions(quantization=jsonable(nf4().to_dict(), "quantization_config")),
+        ModelOptions(quantization=jsonable(nf4().to_dict(), "quantization_config"), quantize_experts=False),
         PlanOptions(num_stages=stages),
         parse_devices(f"{stages}x10TiB"),
     )

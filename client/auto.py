@@ -48,7 +48,8 @@ class AutoModelForCausalLM:
         adapter_kwargs: Mapping[str, Any] | None = None,
         name: str | None = None,
         address: str | None = None,
-        quantize_experts: bool = False,
+        quantize_experts: bool | None = None,
+        requantize: bool = False,
         staging_budget: int | str | None = None,
         connections: int | None = None,
         part_cache: bool = True,
@@ -73,7 +74,10 @@ class AutoModelForCausalLM:
             dtype: a torch dtype, its name, or "auto" for the checkpoint's. `torch_dtype` is its older name.
             token: Hub token. By default this environment's, for a gateway on this machine alone; False for none.
             quantize_experts: whether a mixture's experts, too, are quantized to 4 bits: each tensor by itself, where
-                transformers leaves them, merged, in 16 bits. Needs load_in_4bit.
+                transformers leaves them, merged, in 16 bits. By default with load_in_4bit, as far as the family and the
+                checkpoint allow it; True insists on it, False has transformers' own outcome.
+            requantize: quantize what a checkpoint holds quantized already (GPTQ, AWQ, FP8, MXFP4, compressed-tensors)
+                anew, as `quantization_config` says. Without, such weights are unpacked and held unquantized.
             staging_budget: memory of each worker for bytes on their way: a number, or "512MiB", the default.
             connections: reads at a time of each worker; by default 4.
             part_cache: whether nodes may read, and keep, their quantized parts on disk.
@@ -99,6 +103,7 @@ class AutoModelForCausalLM:
             "config": config,
             "quantization_config": quantization_config,
             "quantize_experts": quantize_experts,
+            "requantize": requantize,
             "device_map": device_map,
             "max_memory": max_memory,
             "num_stages": num_stages,

@@ -44,7 +44,8 @@ def show_plan(plan: Plan) -> None:
     totals = (size(plan.total_resident_bytes), "", size(plan.total_fetch_bytes), size(kv_bytes))
     table.add_row("total", "", "", "", *totals)
     _print(table)
-    for line in [*kv_room(plan), *load_prediction(plan), *(f"note: {note}" for note in plan.notes)]:
+    notes = (f"note: {note}" for note in plan.notes)
+    for line in [*kv_room(plan), *load_prediction(plan), *notes]:
         print(line)
 
 

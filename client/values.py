@@ -125,8 +125,8 @@ class Plan:
             load_bottleneck_stage=plan.load_bottleneck_stage,
             link_bytes_per_second=plan.link_bytes_per_second,
             link_is_measured=plan.link_is_measured,
-            notes=tuple(plan.notes),
             kv_tokens=plan.kv_tokens,
+            notes=tuple(plan.notes),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,10 +137,10 @@ class Plan:
             "total_fetch_bytes": self.total_fetch_bytes,
             "stages": [stage.to_dict() for stage in self.stages],
             "kv_tokens": self.kv_tokens,
+            "notes": list(self.notes),
             "predicted_load_seconds": self.predicted_load_seconds or None,
             "load_bottleneck": self.load_bottleneck or None,
             "link_bytes_per_second": self.link_bytes_per_second or None,
-            "notes": list(self.notes),
         }
 
 

@@ -120,7 +120,7 @@ def _read_config(source: Source, path: str) -> Mapping[str, Any]:
     try:
         config = _read_json(source, "config.json", required=True)
     except CheckpointNotFoundError as error:
-        if _exists(source, "adapter_config.json"):
+        if exists(source, "adapter_config.json"):
             raise UnsupportedModelError(
                 f"{path} is an adapter; load its base model (adapters can't be loaded yet)"
             ) from None
@@ -147,7 +147,8 @@ def _read_json(
     return value
 
 
-def _exists(source: Source, file: str) -> bool:
+def exists(source: Source, file: str) -> bool:
+    """Whether the checkpoint has such a file."""
     try:
         source.stat(file)
     except CheckpointNotFoundError:
@@ -159,30 +160,56 @@ def _weight_files(source: Source, request: CheckpointRequest) -> list[str]:
     """Files that hold weights: those that the index names, or the single one. Others in the repository don't count."""
     dotted = f".{request.variant}" if request.variant else ""
     single, index = f"model{dotted}.safetensors", f"model.safetensors.index{dotted}.json"
-    if _exists(source, single):
+    if exists(source, single):
         return [single]
     listing = _read_json(source, index, required=False, limit_bytes=_INDEX_LIMIT_BYTES)
     if listing is not None:
-        weight_map = listing.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CorruptCheckpointError(f"{index} has no weight_map")
-        for file in weight_map.values():
-            if not isinstance(file, str) or not file.endswith(".safetensors") or "/" in file or "\\" in file:
-                raise CorruptCheckpointError(
-                    f"{index} names {str(file)[:80]!r}, which is no safetensors file beside it"
-                )
-        files = sorted(set(weight_map.values()))
-        if len(files) > _MOST_FILES:
-            raise CorruptCheckpointError(f"{index} names {len(files):,} files; at most {_MOST_FILES:,} are read")
-        return files
-    for pickled in (f"pytorch_model{dotted}.bin", f"pytorch_model.bin.index{dotted}.json"):
-        if _exists(source, pickled):
+        return _indexed_files(listing, index, ".safetensors", "safetensors file")
+    for pickled in _pickled_names(request):
+        if exists(source, pickled):
+            flags = f" --revision {request.revision}" if request.revision not in ("", "main") else ""
+            flags += f" --subfolder {request.subfolder}" if request.subfolder else ""
+            flags += f" --variant {request.variant}" if request.variant else ""
             raise UnsupportedModelError(
                 f"{request.path} has only {pickled}, which can't be read by range: convert it once, with "
-                "AutoModelForCausalLM.from_pretrained(path).save_pretrained(folder)"
+                f"`shardlift convert {request.path} FOLDER{flags}`, and load that FOLDER"
             )
     wanted = f" of variant {request.variant!r}" if request.variant else ""
     raise CheckpointNotFoundError(f"{request.path} has no safetensors weights{wanted} ({single} or {index})")
+
+
+def _pickled_names(request: CheckpointRequest) -> tuple[str, str]:
+    """What the one file of weights is called, and the index of several."""
+    dotted = f".{request.variant}" if request.variant else ""
+    return f"pytorch_model{dotted}.bin", f"pytorch_model.bin.index{dotted}.json"
+
+
+def pickled_files(source: Source, request: CheckpointRequest) -> tuple[str, list[str]]:
+    """The index of a checkpoint of `.bin` files ("" for a single one), and those files.
+
+    Raises InvalidRequestError for a checkpoint that has safetensors, CheckpointNotFoundError for one without either.
+    """
+    single, index = _pickled_names(request)
+    if exists(source, single.replace("pytorch_model", "model").replace(".bin", ".safetensors")) or exists(
+        source, index.replace("pytorch_model.bin", "model.safetensors")
+    ):
+        raise InvalidRequestError(f"{request.path} has safetensors: load it as it is, there is nothing to convert")
+    if exists(source, single):
+        return "", [single]
+    listing = _read_json(source, index, required=False)
+    if listing is None:
+        raise CheckpointNotFoundError(f"{request.path} has neither {single} nor {index}: there is nothing to convert")
+    return index, _indexed_files(listing, index, ".bin", "file of torch's")
+
+
+def _indexed_files(listing: Mapping[str, Any], index: str, suffix: str, kind: str) -> list[str]:
+    weight_map = listing.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptCheckpointError(f"{index} has no weight_map")
+    for file in weight_map.values():
+        if not isinstance(file, str) or not file.endswith(suffix) or "/" in file or "\\" in file:
+            raise CorruptCheckpointError(f"{index} names {str(file)[:80]!r}, which is no {kind} beside it")
+    return sorted(set(weight_map.values()))
 
 
 def _read_headers(source: Source, files: list[str]) -> tuple[dict[str, TensorRecord], dict[str, FileVersion]]:

@@ -5,20 +5,22 @@ Runs transformers on the meta device: it is the definition of the model, of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from ..proto.v1.errors import InvalidRequestError, TensorMismatchError, UnsupportedModelError
+from ..proto.v1.errors import InvalidRequestError, TensorMismatchError
 from ..worker.anatomy import TEXT_PARTS, Anatomy, Cut, place_of
+from ..worker.packed import Packing, StoredTensor, stored_tensors
 from ..worker.quantization import describe_quantization
 from ..worker.records import DTYPES, TensorRecord
 from ..worker.remote_code import ModelCode
 from ..worker.skeleton import KeyMap, ParameterInfo, Skeleton, build_skeleton, parse_config, unmatched_keys
 from ..worker.tensors import dtype_by_name, dtype_name
+from ..worker.unpack import check_package
 from .plan import ModelOutline
-from .sizes import ITEM_BYTES, Item, ModelSizes, Storage, in_4bit, parameter_bytes, sum_up
+from .sizes import ITEM_BYTES, Item, ModelSizes, Storage, in_4bit, parameter_bytes, serialized_bytes, sum_up
 
 _CHUNK_TOKENS = 512  # of a prompt, at a time
 # Less is lost in what an allocator rounds up to: a small model may fill its device to the last byte.
@@ -32,22 +34,26 @@ _UNLISTED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """An outline for the planner, and which parameter each of the checkpoint's keys goes to.
+    """An outline for the planner, and which parameter each of the checkpoint's tensors goes to.
 
-    is_unlisted: the anatomy is not one of `worker.anatomy.FAMILIES`: workers must be told.
+    targets: key of a tensor, unpacked -> parameter. stored: what it is made of. quantize_experts: whether experts are
+    held one by one, quantized. is_unlisted: the anatomy is not one of `worker.anatomy.FAMILIES`: workers must be told.
     """
 
     outline: ModelOutline
     targets: Mapping[str, str]
+    stored: Mapping[str, StoredTensor]
     anatomy: Anatomy
+    quantize_experts: bool = False
     is_unlisted: bool = False
 
     def records_of(self, cut: Cut, records: Mapping[str, TensorRecord]) -> tuple[TensorRecord, ...]:
         """The records that a stage needs."""
         return tuple(
-            records[key]
+            records[part.key]
             for key, target in self.targets.items()
             if place_of(target, self.anatomy).held_by(cut, tied=self.outline.tied)
+            for part in self.stored[key].parts.values()
         )
 
 
@@ -79,43 +85,62 @@ def lay_out(
     dtype: str,
     quantization: Mapping[str, Any] | None,
     attn_implementation: str | None,
-    quantize_experts: bool = False,
+    quantize_experts: bool | None = False,
+    packing: Packing | None = None,
     anatomy: Anatomy | None = None,
     code: ModelCode | None = None,
 ) -> Layout:
-    """anatomy: of a family that isn't listed, as a self-check has found it. code: the checkpoint's own.
+    """`config`, `quantization` and `packing` as `quantized.settle` leaves them. quantize_experts: None for a mixture's
+    experts in 4 bits wherever the model is quantized to 4 bits and they can be. anatomy: of a family that isn't listed,
+    as a self-check has found it. code: the checkpoint's own.
 
     Raises UnsupportedModelError, InvalidRequestError, and TensorMismatchError for tensors that the model lacks, has too
     many, or wants in another shape.
     """
-    if config.get("quantization_config"):
-        method = (config["quantization_config"] or {}).get("quant_method", "an unknown method")
-        raise UnsupportedModelError(
-            f"the checkpoint is already quantized with {method}, which can't be loaded yet: "
-            "load one in 16 or 32 bits, and let it be quantized here"
-        )
     parsed = parse_config(config, code)
-    skeleton = build_skeleton(
-        parsed,
-        dtype=dtype_by_name(dtype),
-        quantization=quantization,
-        attn_implementation=attn_implementation,
-        quantize_experts=quantize_experts,
-        anatomy=anatomy,
-        code=code,
-    )
-    infos = list(skeleton.parameters())
     if part := TEXT_PARTS.get(str(config.get("model_type"))):
         records = {key: record for key, record in records.items() if not key.startswith(part.others)}
-    targets = _match(skeleton, infos, records)
+    check_package(packing)
+    stored = stored_tensors(records, packing)
+
+    def build(*, experts: bool) -> tuple[Skeleton, KeyMap]:
+        skeleton = build_skeleton(
+            parsed,
+            dtype=dtype_by_name(dtype),
+            quantization=quantization,
+            attn_implementation=attn_implementation,
+            quantize_experts=experts,
+            anatomy=anatomy,
+            code=code,
+        )
+        return skeleton, KeyMap(skeleton)
+
+    is_default = quantize_experts is None and bool((quantization or {}).get("load_in_4bit"))
+    skeleton, key_map = build(experts=quantize_experts or is_default)
+    if skeleton.is_prequantized and _has_quantized_experts(skeleton, key_map, stored):
+        skeleton, key_map = build(experts=True)
+    elif skeleton.separate and (key := _all_in_one(skeleton, key_map, stored)) is not None:
+        if not is_default:
+            raise InvalidRequestError(
+                f"tensor {key} holds the experts of a layer in one, which can't be quantized by experts: "
+                "leave quantize_experts out"
+            )
+        skeleton, key_map = build(experts=False)
+    infos = list(skeleton.parameters())
+    targets = _match(skeleton, key_map, infos, stored)
     fetch: dict[str, int] = {}
     for key, target in targets.items():
-        fetch[target] = fetch.get(target, 0) + records[key].size_bytes
+        fetch[target] = fetch.get(target, 0) + stored[key].size_bytes
+    serialized = _serialized(skeleton, key_map, targets, records)
     items = [
         Item(
             name=info.name,
             place=place_of(info.name, skeleton.anatomy),
-            resident_bytes=parameter_bytes(info.shape, _storage(info, skeleton)),
+            resident_bytes=(
+                serialized_bytes(info.name, info.shape, info.quantized, serialized.get(info.name, {}))
+                if skeleton.is_prequantized and info.quantized
+                else parameter_bytes(info.shape, _storage(info, skeleton))
+            ),
             fetch_bytes=fetch.get(info.name, 0),
             packed_shape=info.shape if _could_be_4bit(info, skeleton.anatomy) else None,
         )
@@ -142,14 +167,70 @@ def lay_out(
 
     outline = ModelOutline(
         sizes=summed(items),
-        lighter=tuple((option, summed(in_4bit(items, double=double))) for option, double in _lighter(quantization)),
+        lighter=tuple(
+            (option, summed(in_4bit(items, double=double)))
+            for option, double in _lighter(quantization, skeleton, packing)
+        ),
         modules=tuple((name, place_of(name, skeleton.anatomy)) for name in skeleton.module_names()),
         tied=skeleton.head_is_tied,
-        quantization=describe_quantization(quantization),
+        quantization=describe_quantization(skeleton.quantization),
         dtype=dtype_name(skeleton.dtype),
-        notes=() if anatomy is None else (_UNLISTED.format(skeleton.model.config.model_type),),
+        notes=(
+            *([] if anatomy is None else [_UNLISTED.format(skeleton.model.config.model_type)]),
+            *(_notes_on_experts(skeleton, infos) if is_default else ()),
+        ),
+        is_fixed=skeleton.is_prequantized,
     )
-    return Layout(outline=outline, targets=targets, anatomy=skeleton.anatomy, is_unlisted=anatomy is not None)
+    return Layout(
+        outline=outline,
+        targets=targets,
+        stored=stored,
+        anatomy=skeleton.anatomy,
+        quantize_experts=bool(skeleton.separate),
+        is_unlisted=anatomy is not None,
+    )
+
+
+def _has_quantized_experts(skeleton: Skeleton, key_map: KeyMap, stored: Mapping[str, StoredTensor]) -> bool:
+    """Whether bitsandbytes has quantized experts that transformers would merge: transformers before 5 kept them one by
+    one, and so did what was saved by it."""
+    return any(
+        key_map.merges(key_map(f"{key.removesuffix(end)}.weight")[1])
+        for end in (".weight.absmax", ".SCB")
+        for key in stored
+        if key.endswith(end)
+    )
+
+
+def _all_in_one(skeleton: Skeleton, key_map: KeyMap, keys: Iterable[str]) -> str | None:
+    """A tensor that holds what the skeleton wants expert by expert."""
+    return next((key for key in keys if skeleton.is_separate(key_map(key)[0])), None)
+
+
+def _serialized(
+    skeleton: Skeleton, key_map: KeyMap, targets: Mapping[str, str], records: Mapping[str, TensorRecord]
+) -> dict[str, dict[str, TensorRecord]]:
+    """Of a checkpoint that bitsandbytes has quantized: parameter -> what belongs to it, by the names that transformers
+    collects it under."""
+    found: dict[str, dict[str, TensorRecord]] = {}
+    if skeleton.is_prequantized:
+        for key, target in targets.items():
+            found.setdefault(target, {})[str(key_map(key)[1])] = records[key]
+    return found
+
+
+def _notes_on_experts(skeleton: Skeleton, infos: Sequence[ParameterInfo]) -> tuple[str, ...]:
+    if skeleton.separate:
+        return (
+            "the experts of this mixture are quantized to 4 bits, too, each by itself; quantize_experts=False "
+            f"(--no-quantize-experts) leaves them in {dtype_name(skeleton.dtype)}, as transformers does",
+        )
+    if any(len(info.shape) == 3 and ".experts." in info.name for info in infos):
+        return (
+            f"the experts of this mixture stay in {dtype_name(skeleton.dtype)}, as in transformers: bitsandbytes can't "
+            "quantize them as this family, or this checkpoint, has them",
+        )
+    return ()
 
 
 def _could_be_4bit(info: ParameterInfo, anatomy: Anatomy) -> bool:
@@ -160,10 +241,15 @@ def _could_be_4bit(info: ParameterInfo, anatomy: Anatomy) -> bool:
     return is_matrix and place_of(info.name, anatomy).part == "layer"
 
 
-def _lighter(quantization: Mapping[str, Any] | None) -> list[tuple[str, bool]]:
+def _lighter(
+    quantization: Mapping[str, Any] | None, skeleton: Skeleton, packing: Packing | None
+) -> list[tuple[str, bool]]:
     """What a user could write to make the model lighter than it is, and whether that is double quantization."""
+    if skeleton.is_prequantized:
+        return []
     if not quantization:
-        return [("load_in_4bit=True", False), ("load_in_4bit=True, bnb_4bit_use_double_quant=True", True)]
+        flags = "load_in_4bit=True, requantize=True" if packing else "load_in_4bit=True"
+        return [(flags, False), (f"{flags}, bnb_4bit_use_double_quant=True", True)]
     if quantization.get("load_in_4bit") and not quantization.get("bnb_4bit_use_double_quant"):
         return [("bnb_4bit_use_double_quant=True", True)]
     return []
@@ -198,27 +284,25 @@ def _storage(info: ParameterInfo, skeleton: Skeleton) -> Storage:
     return Storage(kind="plain", dtype=info.dtype)
 
 
-def _match(skeleton: Skeleton, infos: Sequence[ParameterInfo], records: Mapping[str, TensorRecord]) -> dict[str, str]:
-    """Checkpoint key -> parameter, for each key that the model uses."""
-    key_map = KeyMap(skeleton)
+def _match(
+    skeleton: Skeleton, key_map: KeyMap, infos: Sequence[ParameterInfo], stored: Mapping[str, StoredTensor]
+) -> dict[str, str]:
+    """Tensor's key -> parameter, for each that the model uses."""
     targets: dict[str, str] = {}
     unexpected: set[str] = set()
     misshapen: list[str] = []
     shapes = {info.name: info.checkpoint_shape for info in infos}
     shapes |= {name: shapes[source] for name, source in skeleton.tied_weights.items() if source in shapes}
-    for key, record in records.items():
+    # Packed, and weighed by what belongs to them.
+    serialized = {info.name for info in infos if info.quantized} if skeleton.is_prequantized else set()
+    for key, tensor in stored.items():
         target, pattern = key_map(key)
         if target not in key_map:
-            if skeleton.is_separate(target):
-                raise InvalidRequestError(
-                    f"tensor {key} holds the experts of a layer in one, which can't be quantized by experts: "
-                    "leave quantize_experts out"
-                )
             unexpected.add(key)
             continue
         targets[key] = target
-        if pattern is None and record.shape != shapes[target]:
-            misshapen.append(f"tensor {key} has shape {list(record.shape)}, the model needs {list(shapes[target])}")
+        if target not in serialized and key_map.keeps_shape(pattern) and tensor.shape != shapes[target]:
+            misshapen.append(f"tensor {key} has shape {list(tensor.shape)}, the model needs {list(shapes[target])}")
     missing, unexpected = unmatched_keys(skeleton, set(targets.values()), unexpected)
     if missing:
         raise TensorMismatchError(f"the checkpoint has no tensor for {_some(missing)}")

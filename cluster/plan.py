@@ -29,7 +29,7 @@ class ModelOutline:
 
     modules: name and place of each one that a device map names. lighter: what it would weigh, loaded another way: the
     option that does it, as a user would write it -> sizes; for the words of a refusal. notes: what the user should know
-    before the load, each in one line.
+    of how it is loaded, a line each. is_fixed: that the checkpoint is quantized, and held as it is.
     """
 
     sizes: ModelSizes
@@ -39,6 +39,7 @@ class ModelOutline:
     dtype: str
     lighter: tuple[tuple[str, ModelSizes], ...] = ()
     notes: tuple[str, ...] = ()
+    is_fixed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,8 +139,8 @@ class Plan:
             load_bottleneck_stage=predicted.slowest if predicted else 0,
             link_bytes_per_second=speeds.link,
             link_is_measured=speeds.is_measured,
-            notes=self.outline.notes,
             kv_tokens=self.kv_tokens,
+            notes=self.outline.notes,
         )
 
 
@@ -166,6 +167,7 @@ def make_plan(model: str, commit: str, outline: ModelOutline, devices: Sequence[
         reserve_tokens=options.reserve_tokens,
         quantization=outline.quantization,
         lighter=outline.lighter,
+        is_fixed=outline.is_fixed,
         is_limited=bool(options.max_memory),
     )
     if options.by_module:

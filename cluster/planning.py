@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..proto.v1.errors import InvalidRequestError
@@ -17,16 +17,21 @@ from .config_limits import check_config
 from .devices import Device
 from .layout import Layout, lay_out, resolve_dtype
 from .plan import Plan, PlanOptions, make_plan
+from .quantized import Quantized, settle
 from .selfcheck import unlisted_anatomy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions:
-    """How the user wants the model itself: the arguments of `from_pretrained` that change what is computed."""
+    """How the user wants the model itself: the arguments of `from_pretrained` that change what is computed.
+
+    quantize_experts: None to decide by the model. requantize: quantize anew what is quantized in the checkpoint.
+    """
 
     dtype: str = "auto"
     quantization: Mapping[str, Any] | None = None
-    quantize_experts: bool = False
+    quantize_experts: bool | None = None
+    requantize: bool = False
     attn_implementation: str | None = None
     config: Mapping[str, Any] | None = None
     config_overrides: Mapping[str, Any] | None = None
@@ -61,6 +66,7 @@ class OutlinedModel:
     layout: Layout
     options: ModelOptions
     config: Mapping[str, Any]
+    quantized: Quantized
     code: CodeSpec | None = None
 
     def spread(self, options: PlanOptions, devices: Sequence[Device]) -> PlannedModel:
@@ -116,7 +122,7 @@ class PlannedModel:
                     versions={record.file: model.checkpoint.versions[record.file] for record in records},
                     config=model.config,
                     generation_config=model.checkpoint.generation_config,
-                    quantization=model.options.quantization,
+                    quantization=model.quantized.quantization,
                     dtype=self.plan.outline.dtype,
                     attn_implementation=model.options.attn_implementation,
                     secret=secret,
@@ -124,7 +130,8 @@ class PlannedModel:
                     connections=transfer.connections,
                     use_cache=transfer.use_cache,
                     trace=transfer.trace,
-                    quantize_experts=model.options.quantize_experts,
+                    quantize_experts=model.layout.quantize_experts,
+                    packing=model.quantized.packing,
                     limits=limits,
                     use_batches=serving.use_batches,
                     anatomy=model.layout.anatomy if model.layout.is_unlisted else None,
@@ -148,22 +155,26 @@ def outline_model(request: CheckpointRequest, token: HubToken, options: ModelOpt
         found = find_code(checkpoint.source, token, config)
         code = import_code(found, checkpoint.source, token)
     unlisted = unlisted_anatomy(config, dtype=dtype, attn_implementation=options.attn_implementation, code=code)
+    quantized = settle(config, options.quantization, requantize=options.requantize)
     layout = lay_out(
-        config,
+        quantized.config,
         checkpoint.records,
         dtype=dtype,
-        quantization=options.quantization,
+        quantization=quantized.quantization,
         attn_implementation=options.attn_implementation,
         quantize_experts=options.quantize_experts,
+        packing=quantized.packing,
         anatomy=unlisted,
         code=code,
     )
+    layout = replace(layout, outline=replace(layout.outline, notes=(*quantized.notes, *layout.outline.notes)))
     return OutlinedModel(
         request=request,
         checkpoint=checkpoint,
         layout=layout,
         options=options,
-        config=config,
+        config=quantized.config,
+        quantized=quantized,
         code=None if code is None else code.spec,
     )
 

@@ -18,13 +18,14 @@ class Circumstances:
     """What a plan is made under, beside the model and the devices.
 
     reserve_tokens: tokens that every stage must have room for. quantization: as `describe_quantization` puts it, ""
-    where it isn't known. lighter: what the model would weigh, loaded another way: name of the way -> sizes. is_limited:
-    whether max_memory has made the devices smaller.
+    where it isn't known. lighter: what the model would weigh, loaded another way: name of the way -> sizes. is_fixed:
+    that there is no other way. is_limited: whether max_memory has made the devices smaller.
     """
 
     reserve_tokens: int = 0
     quantization: str = ""
     lighter: tuple[tuple[str, ModelSizes], ...] = ()
+    is_fixed: bool = False
     is_limited: bool = False
 
 
@@ -76,7 +77,7 @@ def stage_does_not_fit(
         taken = needed.run(begin, blocks.edges.index(end))
         fits = "" if taken <= device.capacity_bytes else ", still too much"
         remedies.append(f"set {name} ({format_size(taken)} there{fits})")
-    remedies += [] if circumstances.lighter else _unmeasured(circumstances.quantization)
+    remedies += [] if circumstances.lighter else _unmeasured(circumstances)
     remedies += ["raise max_memory"] if circumstances.is_limited else []
     return OutOfMemoryError(f"{problem}: {_any_of(remedies)}")
 
@@ -137,11 +138,14 @@ def _lighter(devices: Sequence[Device], circumstances: Circumstances) -> Iterato
         fits = "fits" if _end(fill(blocks, devices)) == blocks.count else "still too much"
         yield f"set {name} ({format_size(blocks.needed.run(0, blocks.count))}, {fits})"
     if not circumstances.lighter:
-        yield from _unmeasured(circumstances.quantization)
+        yield from _unmeasured(circumstances)
 
 
-def _unmeasured(quantization: str) -> list[str]:
+def _unmeasured(circumstances: Circumstances) -> list[str]:
     """What would make the model lighter, where nobody has told by how much."""
+    quantization = circumstances.quantization
+    if circumstances.is_fixed:
+        return []
     if quantization in ("nf4", "fp4"):
         return ["set bnb_4bit_use_double_quant"]
     return [] if quantization.endswith("+double") else ["quantize to 4 bits"]

@@ -255,13 +255,13 @@ class Registry:
         info.config_json = json.dumps(dict(outlined.config))
         info.generation_config_json = json.dumps(outlined.checkpoint.generation_config or {})
         tell(started=registry_pb2.LoadStarted(name=name, commit=entry.source.commit))
+        for note in outlined.layout.outline.notes:
+            tell(warning=note)
         async with self._placing:
             planned = await self._spread(outlined, request.options)
             speeds = requests.given_speeds(request.options, self._speeds.of(entry.source))
             info.plan.CopyFrom(planned.plan.to_message(speeds))
             tell(planned=info.plan)
-            for note in info.plan.notes:
-                tell(warning=note)
             specs = planned.specs(name, placement.load_id, secret, transfer, serving, self._options.stage_tls)
             card = registry_pb2.ModelCard(info=info).SerializeToString()
             await place(planned.plan, specs, card, placement)

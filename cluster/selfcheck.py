@@ -58,6 +58,8 @@ def unlisted_anatomy(
     Raises UnsupportedModelError, with what went wrong, where there is none.
     """
     model_type = str(config.get("model_type"))
+    # How its weights lie in the files has no say in how its layers hang together.
+    config = {name: value for name, value in config.items() if name != "quantization_config"}
     if code is None and (model_type in FAMILIES or model_type in TEXT_PARTS):
         return None
     about = [dict(config), dtype, attn_implementation, None if code is None else code.spec.key]

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
+from ..proto.v1.errors import TensorMismatchError
 from ..worker.anatomy import Place
+from ..worker.records import DTYPES, TensorRecord
 
 BLOCK = 64  # weights that share one absolute maximum
 NESTED_BLOCK = 256  # maxima that share one, with double quantization
@@ -67,6 +69,37 @@ def parameter_bytes(shape: tuple[int, ...], storage: Storage) -> int:
         return packed + blocks * _FLOAT32 + _CODE_4BIT_BYTES
     nested = ceil(blocks / NESTED_BLOCK) * _FLOAT32 + _CODE_8BIT_BYTES + _FLOAT32  # maxima, code, offset
     return packed + blocks + nested + _CODE_4BIT_BYTES
+
+
+def serialized_bytes(name: str, shape: tuple[int, ...], kind: str, stored: Mapping[str, TensorRecord]) -> int:
+    """Device bytes of a parameter that the checkpoint holds as bitsandbytes has quantized it: `stored` has "weight" and
+    its statistics ("weight.absmax", "SCB", …) by their names there. kind: "4bit" or "8bit".
+
+    Raises TensorMismatchError for statistics that are missing, or for another weight.
+    """
+    numel = prod(shape)
+    texts = [each for each in stored if each.startswith("weight.quant_state.")]
+    wanted = {"weight", "SCB"} if kind == "8bit" else {"weight", "weight.absmax", "weight.quant_map"}
+    nested = {"weight.nested_absmax", "weight.nested_quant_map"}
+    if nested & stored.keys():
+        wanted |= nested
+    if missing := sorted(wanted - stored.keys()):
+        raise TensorMismatchError(
+            f"the checkpoint has no {missing[0]} for {name}, which its config says is quantized: is it one of its "
+            "llm_int8_skip_modules?"
+        )
+    if kind == "4bit" and len(texts) != 1:
+        raise TensorMismatchError(f"the checkpoint has {len(texts)} quant_state for {name}, and needs one")
+    weight = stored["weight"]
+    item = ITEM_BYTES[DTYPES[weight.dtype][0]]
+    size = numel if kind == "8bit" else ceil(ceil(numel / 2) / item) * item
+    if weight.size_bytes != size or (kind == "8bit" and weight.shape != shape):
+        raise TensorMismatchError(
+            f"tensor {weight.key} has {weight.size_bytes} bytes, but the model needs {list(shape)} in {kind[0]} bits: "
+            f"{size} bytes"
+        )
+    resident = sum(stored[each].size_bytes for each in wanted)
+    return resident + (_FLOAT32 if nested & wanted else 0)  # the nested maxima's offset
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

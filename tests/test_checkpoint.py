@@ -260,12 +260,12 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[Exception], list[str]]] =
     "only .bin": (
         _pickled("pytorch_model.bin"),
         UnsupportedModelError,
-        ["only pytorch_model.bin", "convert it once", "save_pretrained"],
+        ["only pytorch_model.bin", "convert it once", "`shardlift convert "],
     ),
     "only .bin shards": (
         _pickled("pytorch_model.bin.index.json"),
         UnsupportedModelError,
-        ["only pytorch_model.bin.index.json", "save_pretrained"],
+        ["only pytorch_model.bin.index.json", "`shardlift convert "],
     ),
     "no weights": (_pickled("readme"), CheckpointNotFoundError, ["has no safetensors weights", "model.safetensors"]),
     "truncated": (_truncated, CorruptCheckpointError, [SHARD, "truncated", "download it again"]),

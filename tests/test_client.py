@@ -366,10 +366,10 @@ def test_plan_has_the_contract_form(gateway: ScriptedGateway, client: shardlift.
             for index in range(2)
         ],
         "kv_tokens": 0,
+        "notes": [],
         "predicted_load_seconds": None,
         "load_bottleneck": None,
         "link_bytes_per_second": None,
-        "notes": [],
     }
     asked = gateway.calls[0].request
     assert asked.source == registry_pb2.ModelSource(path="org/tiny", revision="v1")
@@ -530,6 +530,14 @@ def test_device_map_names(name: str) -> None:
 @pytest.mark.parametrize("device", ["cuda:1", 1, torch.device("cuda", 1)])
 def test_device_map_of_one_device(device: Any) -> None:
     assert dict(options.load_options(device_map=device).device_map_by_module) == {"": str(device)}
+
+
+@pytest.mark.parametrize(("chosen", "sent"), [(None, (False, False)), (True, (True, False)), (False, (False, True))])
+def test_experts_are_quantized_left_or_decided_upon(chosen: bool | None, sent: tuple[bool, bool]) -> None:
+    found = options.load_options(quantize_experts=chosen)
+    assert (found.quantize_experts, found.without_quantized_experts) == sent
+    assert not found.requantize
+    assert options.load_options(requantize=True).requantize
 
 
 def test_old_quantization_arguments() -> None:

@@ -197,7 +197,7 @@ def test_every_flag_arrives(gateway: ScriptedGateway, tmp_path: Path) -> None:
         *("plan", "org/tiny", "--revision", "v1", "--subfolder", "sub", "--variant", "fp16", "--dtype", "bfloat16"),
         *("--load-in-4bit", "--bnb-4bit-quant-type", "nf4", "--bnb-4bit-use-double-quant"),
         *("--bnb-4bit-compute-dtype", "bfloat16", "--bnb-4bit-quant-storage", "uint8", "--num-stages", "2"),
-        "--quantize-experts",
+        *("--quantize-experts", "--requantize"),
         *("--device-map", '{"model.layers.0": 0, "": "cpu"}', "--max-memory", "0=20GiB", "--max-memory", '{"cpu": 7}'),
         *("--attn-implementation", "eager", "--trust-remote-code", "--cache-dir", str(tmp_path)),
         *("--hf-token-file", str(tmp_path / "hub"), "--json"),
@@ -216,6 +216,7 @@ def test_every_flag_arrives(gateway: ScriptedGateway, tmp_path: Path) -> None:
     sent = asked.options
     assert (sent.dtype, sent.num_stages, sent.attn_implementation) == ("bfloat16", 2, "eager")
     assert sent.quantize_experts
+    assert sent.requantize
     assert dict(sent.device_map_by_module) == {"model.layers.0": "0", "": "cpu"}
     assert dict(sent.max_memory) == {"0": "20GiB", "cpu": "7"}
     assert json.loads(sent.quantization_config_json) == {
@@ -239,9 +240,11 @@ def test_the_quantization_flags_make_transformers_config(gateway: ScriptedGatewa
     expected = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     assert config.to_dict() == expected.to_dict()
     gateway.answer("PlanModel", registry_pb2.PlanModelResponse(plan=PLAN))
-    run("plan", "org/tiny", "--load-in-8bit", "--device-map", "balanced")
+    run("plan", "org/tiny", "--load-in-8bit", "--device-map", "balanced", "--no-quantize-experts")
+    assert not gateway.calls[0].request.options.without_quantized_experts
     sent = gateway.calls[1].request.options
     assert not sent.quantize_experts
+    assert sent.without_quantized_experts
     config = BitsAndBytesConfig.from_dict(json.loads(sent.quantization_config_json))
     assert config.to_dict() == BitsAndBytesConfig(load_in_8bit=True).to_dict()
     assert sent.device_map == "balanced"
@@ -254,6 +257,7 @@ def test_the_quantization_flags_make_transformers_config(gateway: ScriptedGatewa
         ["--bnb-4bit-quant-type", "nf4"],
         ["--quantize-experts"],
         ["--quantize-experts", "--load-in-8bit"],
+        ["--requantize"],
         ["--bnb-4bit-quant-type", "nf5"],
         ["--max-memory", "20GiB"],
         ["--device-map", "{"],

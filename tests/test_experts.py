@@ -346,6 +346,60 @@ def test_thousands_of_experts_are_planned_without_their_modules() -> None:
     assert len(list(skeleton.parameters())) > 48 * 128 * 3
 
 
+def test_a_model_of_30_billion_parameters_plans_to_18_gb_by_default() -> None:
+    """NF4 with its float32 scales; `quantize_experts=False` is transformers' outcome, more than three times that."""
+    config, records = qwen3_30b_a3b()
+    options: dict[str, Any] = {"dtype": "bfloat16", "attn_implementation": None}
+    quantization = config_of("nf4").to_dict()
+    small, large = (
+        lay_out(config, records, quantization=quantization, quantize_experts=chosen, **options)
+        for chosen in (None, False)
+    )
+    assert (small.quantize_experts, large.quantize_experts) == (True, False)
+    assert small.outline.sizes.stage(0, 48)[0] == pytest.approx(18.0e9, rel=0.02)
+    assert large.outline.sizes.stage(0, 48)[0] == pytest.approx(59.7e9, rel=0.02)
+
+
+# ---- by default ------------------------------------------------------------------------------------------------------
+
+
+def test_by_default_experts_are_quantized_with_the_rest(checkpoint_of: Checkpoints) -> None:
+    folder = checkpoint_of("mixtral")
+    quantization = config_of("nf4").to_dict()
+    default = planned(folder, stages=1, quantization=quantization, quantize_experts=None)
+    chosen = planned(folder, stages=1, quantization=quantization, quantize_experts=True)
+    kept = planned(folder, stages=1, quantization=quantization, quantize_experts=False)
+    assert default.specs("m", "l", "s") == chosen.specs("m", "l", "s")
+    assert default.specs("m", "l", "s") != kept.specs("m", "l", "s")
+    [note] = default.plan.to_message().notes
+    assert "experts of this mixture are quantized to 4 bits" in note
+    assert "quantize_experts=False (--no-quantize-experts) leaves them in bfloat16" in note
+    assert not chosen.plan.outline.notes
+    assert not kept.plan.outline.notes
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "granitemoe"])
+def test_by_default_experts_that_cannot_be_quantized_stay_as_they_are(checkpoint_of: Checkpoints, family: str) -> None:
+    folder = checkpoint_of(family)
+    quantization = config_of("nf4").to_dict()
+    default = planned(folder, stages=1, quantization=quantization, quantize_experts=None)
+    kept = planned(folder, stages=1, quantization=quantization, quantize_experts=False)
+    assert default.specs("m", "l", "s") == kept.specs("m", "l", "s")
+    [note] = default.plan.outline.notes
+    assert "experts of this mixture stay in bfloat16" in note
+
+
+@pytest.mark.parametrize("quantization", [None, {"quant_method": "bitsandbytes", "load_in_8bit": True}])
+def test_by_default_nothing_is_said_of_experts_without_4_bits(
+    checkpoint_of: Checkpoints, quantization: dict[str, Any] | None
+) -> None:
+    plan = planned(checkpoint_of("qwen3_moe"), stages=1, quantization=quantization, quantize_experts=None)
+    assert not plan.outlined.layout.quantize_experts
+    assert not plan.plan.outline.notes
+    dense = planned(checkpoint_of("llama"), stages=1, quantization=config_of("nf4").to_dict(), quantize_experts=None)
+    assert not dense.plan.outline.notes
+
+
 # ---- the node's cache ------------------------------------------------------------------------------------------------
 
 
@@ -490,3 +544,6 @@ def test_experts_that_a_file_holds_merged_are_refused(checkpoint_of: Checkpoints
     assert "leave quantize_experts out" in text
     assert read_checkpoint(CheckpointRequest(path=str(tmp_path)), None).records.keys() == merged.keys()
     planned(tmp_path, stages=2, quantization=config_of("nf4").to_dict())
+    default = planned(tmp_path, stages=2, quantization=config_of("nf4").to_dict(), quantize_experts=None)
+    assert not default.outlined.layout.quantize_experts
+    assert "stay in bfloat16" in default.plan.outline.notes[0]

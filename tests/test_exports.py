@@ -63,6 +63,7 @@ def test_from_pretrained_has_the_contract_signature() -> None:
     assert names[1 : 1 + len(CONTRACT)] == list(CONTRACT)
     assert names[1 + len(CONTRACT) :] == [
         "quantize_experts",
+        "requantize",
         "staging_budget",
         "connections",
         "part_cache",

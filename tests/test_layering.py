@@ -20,9 +20,9 @@ ALLOWED = {
 }
 PURE = [
     *(f"worker.{name}" for name in ("records", "headers", "chunks", "timeline", "byte_sizes")),
-    *(f"worker.{name}" for name in ("anatomy", "spec", "fetch", "quantization")),
+    *(f"worker.{name}" for name in ("anatomy", "spec", "fetch", "quantization", "packed")),
     *(f"cluster.{name}" for name in ("sizes", "devices", "partition", "plan", "pace", "load_time")),
-    *(f"cluster.{name}" for name in ("blocks", "slowest", "spread", "refusal", "device_map")),
+    *(f"cluster.{name}" for name in ("blocks", "slowest", "spread", "refusal", "device_map", "quantized")),
     *(f"proto.v1.{name}" for name in ("errors", "frames", "wire")),
 ]
 # How transformers loads and quantizes: no promise of theirs covers it.

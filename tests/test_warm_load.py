@@ -58,7 +58,7 @@ def specs(folder: Path, quantization: dict[str, Any] | None, stages: int = 2) ->
     plan = plan_model(
         CheckpointRequest(path=str(folder)),
         None,
-        ModelOptions(quantization=quantization),
+        ModelOptions(quantization=quantization, quantize_experts=False),
         PlanOptions(num_stages=stages),
         parse_devices(f"{stages}x1TiB"),
     )

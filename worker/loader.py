@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from ..proto.v1.errors import CorruptCheckpointError, LoadCancelledError, OutOfMemoryError, one_line
 from . import quantize_cpu
 from .fetch import RecordStream
+from .packed import StoredTensor, stored_tensors
 from .part_cache import PartCache, is_worth_keeping, key_of
 from .part_file import PartFile
 from .records import DTYPES, FileVersion, HubToken, TensorRecord
@@ -41,6 +42,7 @@ from .stage import ResidentStage
 from .staging import HostStaging
 from .tensors import dtype_by_name
 from .timeline import BUILD, CAST, CONVERT, QUANTIZE, STORE, WAIT, Timeline
+from .unpack import unpack
 
 logger = logging.getLogger(__name__)
 
@@ -214,35 +216,47 @@ def _load_records(
     spec: StageSpec, skeleton: Skeleton, source: Source, progress: LoadProgress
 ) -> tuple[PreTrainedModel, int]:
     """The model, and the bytes fetched for it."""
-    records = {record.key: record for record in spec.records}
+    stored = stored_tensors({record.key: record for record in spec.records}, spec.packing)
     key_map = KeyMap(skeleton)
-    order = [records[key] for key in loading_order(list(records), key_map)]
+    order = [stored[key] for key in loading_order(list(stored), key_map)]
     infos = {info.name: info for info in skeleton.parameters()}
-    places = {key: key_map(key) for key in records}
+    places = {key: key_map(key) for key in stored}
     targets = {key: infos.get(target) for key, (target, _) in places.items()}
     # Copied into their parameter, and cast by that, as they are read.
     merged = {key for key, (_, pattern) in places.items() if key_map.merges(pattern)}
-    kept = {record.key for record in order if _is_kept(record, targets[record.key])} - merged
-    progress.begin(order, is_cached=False)
-    large = {key for key in kept if records[key].size_bytes >= _ALONE_BYTES}
+    kept = {tensor.key for tensor in order if _is_kept(tensor, targets[tensor.key], skeleton)} - merged
+    records = [record for tensor in order for record in tensor.parts.values()]
+    progress.begin(records, is_cached=False)
+    large = {key for key in kept if stored[key].size_bytes >= _ALONE_BYTES}
     timeline = progress.timeline
-    with _streaming(spec, source, order, spec.versions, large, progress) as take:
+    with _streaming(spec, source, records, spec.versions, large, progress) as take:
 
-        def reader(record: TensorRecord) -> Callable[[], torch.Tensor]:
+        def reader(stored: StoredTensor) -> Callable[[], torch.Tensor]:
+            target = targets[stored.key]
+
+            def read_packed() -> torch.Tensor:
+                parts = {role: take(record) for role, record in stored.parts.items()}
+                dtype = skeleton.dtype if target is None else dtype_by_name(target.dtype)
+                assert spec.packing is not None
+                with timeline.span(CAST, stored.key, stored.size_bytes):
+                    return unpack(stored.key, parts, stored.shape, spec.packing, dtype)
+
             def read() -> torch.Tensor:
-                tensor = take(record)
-                target = targets[record.key]
-                dtype = tensor.dtype if target is None else dtype_by_name(target.dtype)
-                if dtype != tensor.dtype and record.key not in merged:
+                tensor = take(stored.parts[""])
+                dtype = tensor.dtype if target is None else _dtype_there(tensor.dtype, target, skeleton)
+                if dtype != tensor.dtype and stored.key not in merged:
                     # What the loader would do next: here it is seen, and happens on the device.
-                    with timeline.span(CAST, record.key, record.size_bytes):
+                    with timeline.span(CAST, stored.key, stored.size_bytes):
                         return tensor.to(dtype)
                 # The loader keeps what it is given: it must not hold on to the chunk that this is a view of.
-                return tensor.clone() if record.key in kept and record.key not in large else tensor
+                return tensor.clone() if stored.key in kept and stored.key not in large else tensor
 
-            return read
+            return read_packed if stored.is_packed else read
 
-        tensors = {record.key: LazyTensor(record.dtype, record.shape, reader(record)) for record in order}
+        tensors = {
+            tensor.key: LazyTensor(next(iter(tensor.parts.values())).dtype, tensor.shape, reader(tensor))
+            for tensor in order
+        }
         with _converting(timeline):
             model = load_weights(skeleton, tensors, spec.device, timeline)
         for file in spec.versions:
@@ -250,9 +264,21 @@ def _load_records(
     return model, progress.snapshot().fetched_bytes
 
 
-def _is_kept(record: TensorRecord, target: ParameterInfo | None) -> bool:
+def _is_kept(stored: StoredTensor, target: ParameterInfo | None, skeleton: Skeleton) -> bool:
     """Whether the tensor that was read is itself what stays: neither quantized nor cast."""
-    return target is None or (not target.quantized and target.dtype == DTYPES[record.dtype][0])
+    if stored.is_packed:
+        return False
+    dtype = DTYPES[stored.parts[""].dtype][0]
+    if target is None:
+        return True
+    if target.quantized and not skeleton.is_prequantized:
+        return False
+    return _dtype_there(dtype_by_name(dtype), target, skeleton) == dtype_by_name(dtype)
+
+
+def _dtype_there(dtype: torch.dtype, target: ParameterInfo, skeleton: Skeleton) -> torch.dtype:
+    """What a tensor of `dtype` is cast to for `target`: what bitsandbytes has quantized stays as it is."""
+    return dtype if target.quantized and skeleton.is_prequantized else dtype_by_name(target.dtype)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ def key_of(spec: StageSpec, device_class: str, versions: Mapping[str, str]) -> s
         "quantization": spec.quantization,
         "quantize_experts": spec.quantize_experts,
         "code": spec.code.key if spec.code is not None else None,
+        "packing": asdict(spec.packing) if spec.packing else None,
         "dtype": spec.dtype,
         "device": device_class,
         "versions": versions,
@@ -63,8 +64,8 @@ def key_of(spec: StageSpec, device_class: str, versions: Mapping[str, str]) -> s
 def is_worth_keeping(spec: StageSpec) -> bool:
     """Whether a part is smaller than what it is made of, and stays what it is.
 
-    No node keeps a checkpoint's own bytes. Some stores tell no version of a file: what is kept could then be of another
-    one of the same size.
+    No node keeps a checkpoint's own bytes, such as those that are quantized there already. Some stores tell no version
+    of a file: what is kept could then be of another one of the same size.
     """
     return bool(spec.quantization) and all(version.etag for version in spec.versions.values())
 

@@ -9,7 +9,7 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
-from ..proto.v1.errors import CorruptCheckpointError
+from ..proto.v1.errors import CorruptCheckpointError, TensorMismatchError
 
 _SCALES = "SCB"  # of an 8-bit weight's rows
 _FORMAT = "weight_format"  # of an 8-bit weight: by rows, always
@@ -72,6 +72,31 @@ def restore(
     unused = sorted(name for name in left if not name.endswith(f".{_FORMAT}"))
     if unused:
         raise CorruptCheckpointError(f"the part has a tensor too many: {unused[0]}")
+
+
+def check_statistics(name: str, module: bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) -> None:
+    """Whether the statistics of a module that was quantized elsewhere are of its weight: bitsandbytes' kernels read
+    them without a look at their number.
+
+    Raises TensorMismatchError.
+    """
+    weight, numel = module.weight, module.out_features * module.in_features
+    if isinstance(module, bnb.nn.Linear8bitLt):
+        scales = getattr(weight, "SCB", None)
+        sound = weight.dtype == torch.int8 and scales is not None and scales.numel() == module.out_features
+    else:
+        state = getattr(weight, "quant_state", None)
+        sound = state is not None and weight.numel() * weight.element_size() >= -(-numel // 2)
+        blocks = numel
+        while sound and state is not None:
+            size, code = state.blocksize, state.code
+            blocks = -(-blocks // size) if isinstance(size, int) and size > 0 else 0
+            sound = 0 < blocks == state.absmax.numel() and code is not None and code.numel() in (16, 256)
+            state = state.state2
+    if not sound:
+        raise TensorMismatchError(
+            f"the statistics of quantized weight {name}.weight aren't those of {numel} values: save the model anew"
+        )
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

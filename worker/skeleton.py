@@ -53,7 +53,7 @@ from .code_spec import needs_code
 from .experts import PROJECTIONS, Experts4bit, by_expert, is_separable
 from .merge import MergedParameter, first_rows
 from .remote_code import ModelCode
-from .serialized import restore
+from .serialized import check_statistics, restore
 from .tensors import dtype_by_name, dtype_name
 from .timeline import QUANTIZE, Timeline
 
@@ -111,10 +111,21 @@ class Skeleton:
         """Name of each tied parameter -> name of the one that it shares."""
         return dict(self.model.all_tied_weights_keys)
 
+    @property
+    def is_prequantized(self) -> bool:
+        """Whether bitsandbytes has quantized the checkpoint itself."""
+        return self.quantizer is not None and bool(self.quantizer.pre_quantized)
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """The quantization that the model has, whoever asked for it: a BitsAndBytesConfig as JSON."""
+        return None if self.quantizer is None else dict(self.quantizer.quantization_config.to_dict())
+
     def parameters(self) -> Iterator[ParameterInfo]:
         """Every parameter and buffer, tied ones once."""
         plan = self.model._get_dtype_plan(self.dtype)
         tied = self.tied_weights
+        separate_kind = "8bit" if self.separate and self.quantizer.quantization_config.load_in_8bit else "4bit"
         for name, parameter in self.model.named_parameters():
             if name in tied:
                 continue
@@ -128,7 +139,7 @@ class Skeleton:
                         shape=each_shape,
                         checkpoint_shape=each_shape,
                         dtype=dtype_name(_kept_dtype(each, plan, parameter.dtype)),
-                        quantized="" if is_skipped else "4bit",
+                        quantized="" if is_skipped else separate_kind,
                     )
                 continue
             module = self.model.get_submodule(name.rpartition(".")[0])
@@ -255,7 +266,13 @@ def parse_config(config: Mapping[str, Any], code: ModelCode | None = None) -> Pr
         # A file has infinity as an object of its own, which transformers resolves as it reads one.
         values = PreTrainedConfig._decode_special_floats(dict(config))
         parsed = (config_class or CONFIG_MAPPING[model_type]).from_dict(values)
-        return parsed if part is None else parsed.get_text_config()
+        if part is None:
+            return parsed
+        text = parsed.get_text_config()
+        # As AutoModelForCausalLM does.
+        if (quantization := getattr(parsed, "quantization_config", None)) is not None:
+            text.quantization_config = quantization
+        return text
     except Exception as error:
         raise InvalidRequestError(f"config.json is not a valid {model_type} config: {one_line(error)}") from error
 
@@ -286,8 +303,10 @@ def build_skeleton(
     """The whole model on the meta device, quantizable modules replaced. `config` is not kept.
 
     Which modules stay unquantized is decided here, on the whole model: decided on a slice it would change.
-    `quantize_experts`: to 4 bits those too that transformers merges into parameters of three dimensions.
-    `anatomy`: of a family that isn't listed. `code`: the checkpoint's own.
+    `quantization`: what to do on the way in; None for a checkpoint that bitsandbytes has quantized, whose `config` says
+    so. `quantize_experts`: to 4 bits those too that transformers merges into parameters of three dimensions; or, of a
+    checkpoint that bitsandbytes has quantized, its experts lie there one by one. `anatomy`: of a family that isn't
+    listed. `code`: the checkpoint's own.
     Raises UnsupportedModelError and InvalidRequestError.
     """
     config = type(config).from_dict(config.to_dict())
@@ -371,6 +390,12 @@ class KeyMap:
             for pattern in converter.source_patterns
             if _merges(converter)
         }
+        self._deserializing = {
+            pattern
+            for converter in self._converters
+            if any(getattr(operation, "hf_quantizer", None) is not None for operation in converter.operations)
+            for pattern in converter.source_patterns
+        }
 
     def __call__(self, key: str) -> tuple[str, str | None]:
         """The parameter's name; and where the tensor is converted (merged, split, transposed) on the way there, the
@@ -386,6 +411,11 @@ class KeyMap:
 
     def __contains__(self, name: str) -> bool:
         return name in self._meta
+
+    def keeps_shape(self, pattern: str | None) -> bool:
+        """Whether what goes by `pattern` comes to its parameter in the shape that it has in the file; what bitsandbytes
+        has quantized aside."""
+        return pattern is None or pattern in self._deserializing
 
     def merges(self, pattern: str | None) -> bool:
         """Whether tensors that go by `pattern` are copied into a parameter of many, and not kept."""
@@ -560,6 +590,8 @@ def load_weights(
                     f"tensor for {name}.weight has shape {list(found)}, the model needs "
                     f"{[module.out_features, module.in_features]}"
                 )
+            if skeleton.is_prequantized:
+                check_statistics(name, module)
     return _finish(skeleton, load_config, info)
 
 
@@ -691,10 +723,11 @@ class _TakeMerged(ConversionOps):
 def _separate_experts(skeleton: Skeleton) -> None:
     """Has experts that would be merged, and so not be quantized, go by names of their own.
 
-    Raises InvalidRequestError unless the model is to be quantized to 4 bits.
+    Raises InvalidRequestError unless the model is to be quantized to 4 bits, or is quantized already.
     """
     quantizer = skeleton.quantizer
-    if not getattr(getattr(quantizer, "quantization_config", None), "load_in_4bit", False):
+    is_4bit = getattr(getattr(quantizer, "quantization_config", None), "load_in_4bit", False)
+    if not is_4bit and not skeleton.is_prequantized:
         raise InvalidRequestError(
             "quantize_experts=True quantizes experts to 4 bits as the rest of the model: it needs load_in_4bit=True"
         )
@@ -743,16 +776,27 @@ class _MergeOrSeparate(WeightConverter):
         self.separate = separate | {path.removeprefix(f"{base}.") for path in separate}
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        merged, pattern = super().rename_source_key(source_key)
+        # bitsandbytes' statistics go where their weight goes, under their own name.
+        stem, name = _weight_and_statistic(source_key)
+        merged, pattern = super().rename_source_key(f"{stem}.weight" if name else source_key)
         path = merged.rpartition(".")[0]
         if pattern is None or path not in self.separate:
-            return merged, pattern
+            return super().rename_source_key(source_key) if name else (merged, pattern)
         before, _, after = pattern.partition("*")
-        expert = re.search(rf"{re.escape(before)}(\d+){re.escape(after)}", source_key)
+        expert = re.search(rf"{re.escape(before)}(\d+){re.escape(after)}", source_key if not name else f"{stem}.weight")
         if expert is None:
             return source_key, None
         projection = self.projections[self.source_patterns.index(pattern)]
-        return f"{path}.{expert[1]}.{projection}.weight", None
+        return f"{path}.{expert[1]}.{projection}.{name or 'weight'}", None
+
+
+def _weight_and_statistic(key: str) -> tuple[str, str]:
+    """Of a statistic of a quantized weight, the weight's module and its own name there: "a.b", "weight.absmax" or
+    "SCB"; of anything else `key` and ""."""
+    found = re.fullmatch(
+        r"(.+)\.(weight\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)|SCB|weight_format)", key
+    )
+    return (found[1], found[2]) if found else (key, "")
 
 
 def _make_separate_experts(skeleton: Skeleton) -> None:
@@ -765,7 +809,12 @@ def _make_separate_experts(skeleton: Skeleton) -> None:
         for path in skeleton.separate:
             model.set_submodule(path, Experts4bit(model.get_submodule(path)))
         # What it replaced when the skeleton was built it leaves alone.
-        replace_with_bnb_linear(model, quantizer.modules_to_not_convert, quantizer.quantization_config)
+        replace_with_bnb_linear(
+            model,
+            quantizer.modules_to_not_convert,
+            quantizer.quantization_config,
+            pre_quantized=skeleton.is_prequantized,
+        )
     skeleton.separate = frozenset()
 
 

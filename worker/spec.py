@@ -12,6 +12,7 @@ from typing import Any
 from ..proto.v1.tls import TLS
 from .anatomy import Anatomy, Cut
 from .code_spec import CodeSpec
+from .packed import Packing
 from .records import FileVersion, SourceSpec, TensorRecord
 from .timeline import Phase
 
@@ -43,7 +44,8 @@ class StageSpec:
     config, generation_config, quantization: as JSON objects; dtype: a torch dtype's name.
     secret: shared by the stages of this load alone.
     budget_bytes: memory for checkpoint bytes that are fetched but not yet converted.
-    quantize_experts: as for `skeleton.build_skeleton`.
+    quantize_experts: as for `skeleton.build_skeleton`. packing: how the checkpoint packs weights, which are unpacked
+    before anything else; None where it doesn't, and where bitsandbytes has quantized it, as `config` then says.
     connections: reads at a time. use_cache: read and keep quantized parts on the node. trace: keep every span's times.
     limits: for sessions. use_batches: compute single-token steps of several sessions together.
     anatomy: of a family that isn't listed, as a self-check has found it. code: the checkpoint's own, with which
@@ -71,6 +73,7 @@ class StageSpec:
     use_cache: bool = True
     trace: bool = False
     quantize_experts: bool = False
+    packing: Packing | None = None
     limits: SessionLimits = SessionLimits()
     use_batches: bool = True
     anatomy: Anatomy | None = None
@@ -97,6 +100,7 @@ class StageSpec:
             fields["code"] = CodeSpec(**fields["code"])
         fields["tls"] = TLS(**fields["tls"]) if fields.get("tls") else None
         fields["source"] = SourceSpec(**fields["source"])
+        fields["packing"] = Packing.from_json(fields["packing"]) if fields["packing"] else None
         fields["records"] = tuple(
             TensorRecord(**{**record, "shape": tuple(record["shape"])}) for record in fields["records"]
         )

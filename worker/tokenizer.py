@@ -14,7 +14,7 @@ from .remote_code import read_modules
 from .sources import Source, open_source, read_file
 
 # What transformers' tokenizers read. Weights are never among them.
-_FILES = (
+TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
@@ -42,7 +42,7 @@ def load_tokenizer(spec: SourceSpec, token: HubToken, trust_remote_code: bool = 
     source = open_source(spec, token)
     with tempfile.TemporaryDirectory(prefix="shardlift-tokenizer-") as folder:
         try:
-            for file in _FILES:
+            for file in TOKENIZER_FILES:
                 try:
                     data = read_file(source, file, _FILE_LIMIT_BYTES)
                 except CheckpointNotFoundError:

@@ -42,7 +42,7 @@ def gateway(command: Command) -> Command:
 
 def open_client(address: str | None, token_file: str | None, *, start: bool = False) -> Client:
     """The client for `gateway`'s options; `start` allows to start the local instance."""
-    token = _read_secret(token_file)
+    token = read_secret(token_file)
     return connect_or_start(address, token) if start else connect(address, token)
 
 
@@ -62,7 +62,7 @@ def checkpoint_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
         arguments["max_memory"] = _limits(values["max_memory"])
     if (quantization := _quantization(values)) is not None:
         arguments["quantization_config"] = quantization
-    if (token := _read_secret(values.get("hf_token_file"))) is not None:
+    if (token := read_secret(values.get("hf_token_file"))) is not None:
         arguments["token"] = token
     return arguments
 
@@ -79,10 +79,15 @@ _CHECKPOINT_OPTIONS: list[Callable[[Any], Any]] = [
     click.option("--bnb-4bit-compute-dtype", help="[default: float32]"),
     click.option("--bnb-4bit-quant-storage", help="[default: uint8]"),
     click.option(
-        "--quantize-experts",
+        "--quantize-experts/--no-quantize-experts",
+        default=None,
+        help="Quantize a mixture's experts, too. [default: with --load-in-4bit, where it is possible]",
+    ),
+    click.option(
+        "--requantize",
         is_flag=True,
         default=None,
-        help="Quantize a mixture's experts, too (with --load-in-4bit).",
+        help="Quantize anew what the checkpoint holds quantized (with --load-in-4bit or --load-in-8bit).",
     ),
     click.option("--reserve-tokens", type=click.IntRange(min=0), help="Tokens whose keys and values must have room."),
     click.option("--num-stages", type=click.IntRange(min=1), help="[default: as many as the plan needs]"),
@@ -114,6 +119,7 @@ _AS_GIVEN = (
     "dtype",
     "attn_implementation",
     "quantize_experts",
+    "requantize",
 )
 _BNB_4BIT = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
 
@@ -127,6 +133,8 @@ def _quantization(values: Mapping[str, Any]) -> dict[str, Any] | None:
         raise click.UsageError(f"--{next(iter(details)).replace('_', '-')} needs --load-in-4bit.")
     if values.get("quantize_experts") and not in_4bit:
         raise click.UsageError("--quantize-experts needs --load-in-4bit.")
+    if values.get("requantize") and not in_4bit and not in_8bit:
+        raise click.UsageError("--requantize needs --load-in-4bit or --load-in-8bit.")
     if not in_4bit and not in_8bit:
         return None
     return {"quant_method": "bitsandbytes", "load_in_4bit": in_4bit, "load_in_8bit": in_8bit, **details}
@@ -154,5 +162,6 @@ def _limits(texts: tuple[str, ...]) -> dict[str, Any]:
     return limits
 
 
-def _read_secret(path: str | None) -> str | None:
+def read_secret(path: str | None) -> str | None:
+    """What the file holds, if there is one."""
     return None if path is None else Path(path).read_text(encoding="utf-8").strip() or None

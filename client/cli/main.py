@@ -14,6 +14,7 @@ from ... import __version__
 from ...proto.v1.errors import ShardliftError, one_line
 from .cache import cache
 from .chat import chat
+from .convert import convert
 from .generate import generate
 from .instance import down, up
 from .load import load
@@ -46,7 +47,7 @@ def cli() -> None:
     """Loads models into a cluster, shows where they are, and talks to them."""
 
 
-for command in (up, down, plan, load, list_models, show, generate, chat, unload, cache):
+for command in (up, down, plan, load, list_models, show, generate, chat, unload, cache, convert):
     cli.add_command(command)
 
 

@@ -162,7 +162,7 @@ FAMILIES: dict[str, Family] = {
     ),
     # The first layer is dense, the others have experts; keys and values are latents of one head.
     "deepseek_v3": Family(
-        models="DeepSeek V3, R1 (in 16 bits)",
+        models="DeepSeek V3, R1",
         config_class="DeepseekV3Config",
         config={
             "num_key_value_heads": _HEADS,
@@ -292,7 +292,7 @@ FAMILIES: dict[str, Family] = {
     ),
     # Attention sinks, biased experts, and a window in every second layer.
     "gpt_oss": Family(
-        models="GPT-OSS (in 16 bits)",
+        models="GPT-OSS",
         config_class="GptOssConfig",
         config={
             "head_dim": _HEAD_DIM,

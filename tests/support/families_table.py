@@ -39,7 +39,7 @@ loaded (`tests/test_warm_load.py`).
 - **attention**: *shared* where it goes through transformers' interface for attention implementations, by which
   sessions of unequal length can be computed as one batch: with all and window, though not with latents, which are
   widened after they are kept, nor with states, nor with Llama 4's chunks. *own* where the family computes its own.
-- **experts in 4 bits**: whether `quantize_experts=True` takes effect, and was compared (`tests/test_experts.py`).
+- **experts in 4 bits**: whether `load_in_4bit=True` quantizes them, and was compared (`tests/test_experts.py`).
   *no*: the checkpoint holds a layer's experts in one tensor, or with biases, or they have no gate, so they stay in 16
   bits.
 - **also**: variants of the family that were run beside the one that its tiny configuration describes.

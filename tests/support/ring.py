@@ -37,7 +37,8 @@ def specs(
     quantization: Mapping[str, Any] | None = None,
     dtype: str = "auto",
     attn_implementation: str | None = None,
-    quantize_experts: bool = False,
+    quantize_experts: bool | None = False,
+    requantize: bool = False,
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> list[StageSpec]:
@@ -48,6 +49,7 @@ def specs(
         quantization=quantization,
         attn_implementation=attn_implementation,
         quantize_experts=quantize_experts,
+        requantize=requantize,
     )
     request = CheckpointRequest(path=str(folder), trust_remote_code=trust_remote_code)
     layers = len(

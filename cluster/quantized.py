@@ -1,0 +1,87 @@
+"""What becomes of a checkpoint that is quantized already: whose quantization counts, and what is said of it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..proto.v1.errors import InvalidRequestError
+from ..worker.packed import BITSANDBYTES, Packing, packing_of, quantization_method
+
+# transformers' own words (AutoHfQuantizer.merge_quantization_configs).
+CHECKPOINT_WINS = (
+    "You passed `quantization_config` or equivalent parameters to `from_pretrained` but the model you're loading"
+    " already has a `quantization_config` attribute. The `quantization_config` from the model will be used."
+)
+_HOW = "quantization_config=BitsAndBytesConfig(load_in_4bit=True, …) and requantize=True (--load-in-4bit --requantize)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantized:
+    """config: the checkpoint's, without a quantization where weights are unpacked. quantization: what to do on the way
+    in. packing: how the checkpoint packs its weights. notes: what the user should know."""
+
+    config: Mapping[str, Any]
+    quantization: Mapping[str, Any] | None
+    packing: Packing | None = None
+    notes: tuple[str, ...] = ()
+
+
+def settle(config: Mapping[str, Any], quantization: Mapping[str, Any] | None, *, requantize: bool = False) -> Quantized:
+    """Weighs a checkpoint's own quantization against `quantization`, which the caller asked for.
+
+    bitsandbytes' own wins over the caller's, as in transformers. Any other is undone: the weights are then held as the
+    model's dtype, or, with `requantize`, as the caller asked. Raises UnsupportedModelError for a quantization that
+    can't be read, and InvalidRequestError where the caller's contradicts the checkpoint's.
+    """
+    method = quantization_method(config)
+    asked = _method(quantization)
+    if not method:
+        return Quantized(config=_plain(config), quantization=quantization)
+    if method == BITSANDBYTES:
+        if requantize:
+            raise InvalidRequestError(
+                "requantize=True, but the checkpoint is quantized with bitsandbytes, and loaded as it is: leave "
+                "requantize out"
+            )
+        if quantization and asked != BITSANDBYTES:
+            raise InvalidRequestError(
+                f"the checkpoint is quantized with bitsandbytes, but quantization_config says {asked}: leave "
+                "quantization_config out"
+            )
+        return Quantized(config=config, quantization=None, notes=(CHECKPOINT_WINS,) if quantization else ())
+    packing = packing_of(config)
+    assert packing is not None, method
+    plain = _plain(config)
+    if quantization and asked == BITSANDBYTES:
+        if not requantize:
+            raise InvalidRequestError(
+                f"the checkpoint is quantized with {method} already: to quantize what that unpacks to, pass "
+                "requantize=True (--requantize) beside quantization_config, or leave quantization_config out to hold "
+                "it unpacked"
+            )
+        return Quantized(config=plain, quantization=quantization, packing=packing)
+    if requantize:
+        raise InvalidRequestError(f"requantize=True needs to know to what: pass {_HOW}")
+    if quantization and asked != method:
+        raise InvalidRequestError(
+            f"the checkpoint is quantized with {method}, but quantization_config says {asked}: leave it out, or pass "
+            f"{_HOW}"
+        )
+    note = (
+        f"the checkpoint is quantized with {method}: its weights are unpacked, and held unquantized. To hold them in 4 "
+    )
+    return Quantized(config=plain, quantization=None, packing=packing, notes=(f"{note}bits, pass {_HOW}",))
+
+
+def _method(quantization: Mapping[str, Any] | None) -> str:
+    return quantization_method({"quantization_config": quantization}) if quantization else ""
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` without a quantization."""
+    plain = {name: value for name, value in config.items() if name != "quantization_config"}
+    if isinstance(text := plain.get("text_config"), Mapping):
+        plain["text_config"] = {name: value for name, value in text.items() if name != "quantization_config"}
+    return plain
