@@ -321,7 +321,8 @@ def _converting(timeline: Timeline) -> Iterator[None]:
 def _resident(spec: StageSpec, skeleton: Skeleton) -> ResidentStage:
     """The stage that `skeleton` has become, its weights loaded."""
     skeleton.model.generation_config = _generation_config(spec)
-    return ResidentStage(skeleton.model, skeleton.anatomy, spec.cut, spec.device)
+    keys = tuple(record.key for record in spec.records)
+    return ResidentStage(skeleton.model, skeleton.anatomy, spec.cut, spec.device, checkpoint_keys=keys)
 
 
 def _generation_config(spec: StageSpec) -> GenerationConfig:

@@ -47,7 +47,7 @@ def restore(
 
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        for name, old in list(_own(module)):
+        for name, old in list(own_tensors(module)):
             key = prefix + name
             if key in skip:
                 continue
@@ -74,7 +74,7 @@ def restore(
         raise CorruptCheckpointError(f"the part has a tensor too many: {unused[0]}")
 
 
-def _own(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and persistent buffers of the module itself."""
     yield from module.named_parameters(recurse=False, remove_duplicate=False)
     for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
