@@ -87,6 +87,16 @@ class DescribedModel:
         self._generation_config = config
 
     @property
+    def changed_generation_config(self) -> GenerationConfig | None:
+        """The generation config, where this handle's user has asked for it, and may have changed it."""
+        return self._generation_config
+
+    @property
+    def info_path(self) -> str:
+        """What the model was loaded from, as its user wrote it."""
+        return self._known().path
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype that the model computes in."""
         import torch

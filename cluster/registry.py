@@ -112,6 +112,13 @@ class Registry:
             await asyncio.shield(entry.attempt)
         return self.route(name)
 
+    async def ready_resident(self, name: str) -> Resident:
+        """The stages of a model that is ready, as `ready_route`."""
+        await self.ready_route(name)
+        resident = self._entry(name).resident
+        assert resident is not None
+        return resident
+
     async def next_route(self, name: str, failed: Route) -> Route:
         """The route after a call over `failed` has failed: has the model looked after, and waits until it is well.
 

@@ -15,6 +15,7 @@ from ..worker.anatomy import Cut
 from ..worker.records import HubToken, SourceSpec
 from ..worker.service import SECRET_HEADER
 from ..worker.spec import LoadReport, StageSpec
+from ..worker.tokenizer import tokenizer_files
 from . import loads, requests
 from .devices import gpus_or_all
 from .placement import Placement, call, end_process, is_there, kill, place_again, place_elsewhere, silent_nodes
@@ -63,14 +64,23 @@ class Resident:
         return self._specs[0].source
 
     @property
-    def _metadata(self) -> list[tuple[str, str]]:
+    def addresses(self) -> list[str]:
+        """The stages', in order. Raises ModelUnavailableError where one is known to be lost."""
+        return [report.address for report in self._all_reports()]
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """What the checkpoint's tokenizer is made of. Raises what reading them raises."""
+        return dict(tokenizer_files(self.source, self._token))
+
+    @property
+    def metadata(self) -> list[tuple[str, str]]:
         return [(SECRET_HEADER, self._specs[0].secret)]
 
     # -- joining ---------------------------------------------------------------------------------------------------
 
     async def join(self) -> None:
         """Closes the ring over the workers that there are, and takes a token through it."""
-        await loads.join_ring(self.placement.workers, [report.address for report in self._all_reports()])
+        await loads.join_ring(self.placement.workers, self.addresses)
         await self.connect()
 
     async def connect(self) -> None:
@@ -107,7 +117,7 @@ class Resident:
         """Calls `on_loss` when a stage ends, until the next `watch` or `close`."""
         assert self.route is not None
         assert self._vigil is None
-        self._vigil = Vigil([report.address for report in self._all_reports()], self._metadata, on_loss)
+        self._vigil = Vigil(self.addresses, self.metadata, on_loss)
 
     async def close(self) -> None:
         """Lets go of the stages; they stay."""
@@ -138,7 +148,7 @@ class Resident:
         """
         await self._unwatch()
         addresses = {index: report.address for index, report in enumerate(self._reports) if report is not None}
-        silent = await lost_stages(addresses, self._metadata)
+        silent = await lost_stages(addresses, self.metadata)
         # Processes that hold on to their device, and answer nobody.
         hanging = {index: report.pid for index, report in enumerate(self._reports) if report and silent.get(index)}
         for index in silent:

@@ -9,7 +9,9 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -206,7 +208,7 @@ class StageSaver:
                 if full in left_out or not self._is_ours(full):
                     continue
                 resident[full] = HeldTensor(
-                    dtype=held.dtype, shape=held.shape, read=lambda p=path, m=module, n=name: self._read(p, m, n)
+                    dtype=held.dtype, shape=held.shape, read=partial(self._read, path, module, name)
                 )
                 is_quantized = snapshot.state is not None or snapshot.scales is not None
                 if is_quantized and name.startswith("weight"):
@@ -240,7 +242,7 @@ class StageSaver:
             return self._last[1][name]
 
         for name, tensor in group.saved.items():
-            held = HeldTensor(dtype=tensor.dtype, shape=tuple(tensor.shape), read=lambda name=name: read(name))
+            held = HeldTensor(dtype=tensor.dtype, shape=tuple(tensor.shape), read=partial(read, name))
             yield SavedTensor(name=name, held=held)
 
     def _saved_experts(
@@ -258,17 +260,14 @@ class StageSaver:
             snapshot = self._snapshot(linear_path, linear)
             if snapshot.state is not None and not keep_quantized:
                 held = self._stage.pristine.dequantized(linear_path, snapshot)
-                read = lambda p=linear_path, m=linear: self._dequantize(p, m)  # noqa: E731
+                read = partial(self._dequantize, linear_path, linear)
                 yield SavedTensor(name=name, held=HeldTensor(dtype=held.dtype, shape=held.shape, read=read))
                 continue
             for part, held in self._stage.pristine.held(linear_path, snapshot).items():
+                read = partial(self._read, linear_path, linear, part)
                 yield SavedTensor(
                     name=name + part.removeprefix("weight"),
-                    held=HeldTensor(
-                        dtype=held.dtype,
-                        shape=held.shape,
-                        read=lambda p=linear_path, m=linear, n=part: self._read(p, m, n),
-                    ),
+                    held=HeldTensor(dtype=held.dtype, shape=held.shape, read=read),
                 )
 
     # Looked up when it is written: until then nothing is held on to.
@@ -288,7 +287,6 @@ def _merged(experts: Experts4bit, dtype: torch.dtype) -> dict[str, HeldTensor]:
 
     shapes = {}
     for name, projections in PROJECTIONS.items():
-        linears = [experts.get_submodule(f"0.{each}") for each in projections]
-        rows, columns = sum(int(each.out_features) for each in linears), int(linears[0].in_features)
-        shapes[name] = (len(experts), rows, columns)
+        linears: list[Any] = [experts.get_submodule(f"0.{each}") for each in projections]
+        shapes[name] = (len(experts), sum(each.out_features for each in linears), linears[0].in_features)
     return {name: HeldTensor(dtype=dtype, shape=shape, read=read) for name, shape in shapes.items()}

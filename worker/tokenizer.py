@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ _FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
-    "config.json",
     "merges.txt",
     "special_tokens_map.json",
     "spiece.model",
@@ -36,22 +36,28 @@ def load_tokenizer(spec: SourceSpec, token: HubToken) -> Any:
     """
     from transformers import AutoTokenizer
 
-    source = open_source(spec, token)
     with tempfile.TemporaryDirectory(prefix="shardlift-tokenizer-") as folder:
-        try:
-            for file in _FILES:
-                try:
-                    data = read_file(source, file, _FILE_LIMIT_BYTES)
-                except CheckpointNotFoundError:
-                    continue
-                (Path(folder) / file).write_bytes(data)
-        finally:
-            source.close()
+        for file, data in tokenizer_files(spec, token, (*_FILES, "config.json")):
+            (Path(folder) / file).write_bytes(data)
         try:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:
             text = one_line(error, 200).replace(folder, spec.location)
             raise InvalidRequestError(f"{spec.location} has no tokenizer that can be loaded: {text}") from None
+
+
+def tokenizer_files(spec: SourceSpec, token: HubToken, names: Sequence[str] = _FILES) -> Iterator[tuple[str, bytes]]:
+    """Those of the checkpoint's files `names` that there are, by default all that a tokenizer is made of."""
+    source = open_source(spec, token)
+    try:
+        for file in names:
+            try:
+                data = read_file(source, file, _FILE_LIMIT_BYTES)
+            except CheckpointNotFoundError:
+                continue
+            yield file, data
+    finally:
+        source.close()
 
 
 class LazyTokenizer:

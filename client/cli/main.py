@@ -19,6 +19,7 @@ from .instance import down, up
 from .load import load
 from .models import list_models, show, unload
 from .plan import plan
+from .save import save
 
 INTERRUPTED = 130
 
@@ -46,7 +47,7 @@ def cli() -> None:
     """Loads models into a cluster, shows where they are, and talks to them."""
 
 
-for command in (up, down, plan, load, list_models, show, generate, chat, unload, cache):
+for command in (up, down, plan, load, list_models, show, generate, chat, save, unload, cache):
     cli.add_command(command)
 
 

@@ -17,13 +17,13 @@ SAVE_WAY_FOLDER: SaveWay
 SAVE_WAY_STREAM: SaveWay
 
 class SaveModelRequest(_message.Message):
-    __slots__ = ("name", "folder", "save_id", "probe", "way", "max_shard_bytes", "variant", "keep_quantized_experts")
+    __slots__ = ("name", "folder", "save_id", "probe", "way", "max_shard_size", "variant", "keep_quantized_experts")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FOLDER_FIELD_NUMBER: _ClassVar[int]
     SAVE_ID_FIELD_NUMBER: _ClassVar[int]
     PROBE_FIELD_NUMBER: _ClassVar[int]
     WAY_FIELD_NUMBER: _ClassVar[int]
-    MAX_SHARD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_SHARD_SIZE_FIELD_NUMBER: _ClassVar[int]
     VARIANT_FIELD_NUMBER: _ClassVar[int]
     KEEP_QUANTIZED_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     name: str
@@ -31,10 +31,10 @@ class SaveModelRequest(_message.Message):
     save_id: str
     probe: bytes
     way: SaveWay
-    max_shard_bytes: int
+    max_shard_size: str
     variant: str
     keep_quantized_experts: bool
-    def __init__(self, name: _Optional[str] = ..., folder: _Optional[str] = ..., save_id: _Optional[str] = ..., probe: _Optional[bytes] = ..., way: _Optional[_Union[SaveWay, str]] = ..., max_shard_bytes: _Optional[int] = ..., variant: _Optional[str] = ..., keep_quantized_experts: _Optional[bool] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., folder: _Optional[str] = ..., save_id: _Optional[str] = ..., probe: _Optional[bytes] = ..., way: _Optional[_Union[SaveWay, str]] = ..., max_shard_size: _Optional[str] = ..., variant: _Optional[str] = ..., keep_quantized_experts: _Optional[bool] = ...) -> None: ...
 
 class SaveModelResponse(_message.Message):
     __slots__ = ("planned", "data", "progress", "warning", "finished")

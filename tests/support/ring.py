@@ -71,10 +71,11 @@ def specs(
 class Ring:
     """The client's side of a ring: what the gateway would do."""
 
-    def __init__(self, stages: list[ResidentStage], servers: list[StageServer], address: str) -> None:
+    def __init__(self, stages: list[ResidentStage], servers: list[StageServer], addresses: list[str]) -> None:
         self.stages = stages
         self.servers = servers
-        self.channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self.addresses = addresses
+        self.channel = grpc.aio.insecure_channel(addresses[-1], options=CHANNEL_OPTIONS)
         self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.metadata = [(SECRET_HEADER, SECRET)]
 
@@ -185,7 +186,7 @@ async def serve(
     addresses = [await server.start("127.0.0.1") for server in servers]
     for index, server in enumerate(servers):
         await server.join(addresses[(index + 1) % len(addresses)])
-    ring = Ring(stages, servers, addresses[-1])
+    ring = Ring(stages, servers, addresses)
     try:
         yield ring
     finally:
