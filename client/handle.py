@@ -88,10 +88,10 @@ class RemoteModel(DescribedModel):
     ) -> None:
         """Saves the model as transformers does: a folder that `from_pretrained`, transformers' too, loads again.
 
-        What is quantized is saved so, in bitsandbytes' serialized form. Each stage writes files of its own, at once with
-        the others: the workers do where they all see `save_directory` as this process does, which is found out; else
-        the bytes are streamed here. `shared` demands one or the other. The tokenizer's files come along, unless the
-        folder has any.
+        What is quantized is saved so, in bitsandbytes' serialized form. Each stage writes files of its own, at once
+        with the others: the workers do where they all see `save_directory` as this process does, which is found out;
+        else the bytes are streamed here. `shared` demands one or the other. The tokenizer's files come along, unless
+        the folder has any.
 
         Experts that were quantized one by one (`quantize_experts=True`) get their 16 bits back, for transformers has no
         4-bit experts; `dequantize_experts=False` keeps their 4 bits, for shardlift alone. `on_progress` is told of each

@@ -259,6 +259,7 @@ class Registry:
             info.plan.CopyFrom(planned.plan.to_message(speeds))
             tell(planned=info.plan)
             specs = planned.specs(name, placement.load_id, secret, transfer, serving)
+            info.quantization_config_json = json.dumps(dict(specs[0].quantization)) if specs[0].quantization else ""
             card = registry_pb2.ModelCard(info=info).SerializeToString()
             await place(planned.plan, specs, card, placement)
 
@@ -276,6 +277,7 @@ class Registry:
         await resident.join()
         entry.tokenizer = await loads.tokenizer_or_none(entry.source, token)
         info.residency.extend(loads.residency(index, report) for index, report in enumerate(reports))
+        info.footprint.CopyFrom(loads.footprint(reports))
         self._speeds.learn(entry.source, [stage.device for stage in planned.plan.stages], reports)
         info.load_seconds = time.monotonic() - started
         # The workers first: ready is what a restarted controller would find ready.

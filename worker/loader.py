@@ -20,7 +20,7 @@ from .fetch import RecordStream
 from .part_cache import PartCache, is_worth_keeping, key_of
 from .part_file import PartFile
 from .records import DTYPES, FileVersion, HubToken, TensorRecord
-from .residency import measure
+from .residency import footprint, measure
 from .serialized import serialize
 from .skeleton import (
     KeyMap,
@@ -59,6 +59,8 @@ class LoadedStage:
     cached_bytes: int
     modules: tuple[ModuleBytes, ...]
     link: str
+    parameter_bytes: int
+    buffer_bytes: int
     keep: Callable[[], None] | None
 
 
@@ -152,6 +154,7 @@ def _load(spec: StageSpec, token: HubToken, progress: LoadProgress, cache: PartC
         fetched_bytes=fetched_bytes,
         cached_bytes=0,
         modules=measure(model),
+        **footprint(model),
         link=link,
         keep=keep if cache is not None else None,
     )
@@ -186,6 +189,7 @@ def _load_part(spec: StageSpec, part: PartFile, progress: LoadProgress) -> Loade
         fetched_bytes=0,
         cached_bytes=part.size_bytes,
         modules=measure(model),
+        **footprint(model),
         link=part.link,
         keep=None,
     )

@@ -85,8 +85,8 @@ class SaveCall:
                     yield saving_pb2.SaveResponse(progress=saving_pb2.SaveProgress(file=number, bytes=done))
                 continue
             pieces = self._saver.data(file)
-            while (piece := await self._in_thread(partial(next, pieces, None))) is not None:
-                yield saving_pb2.SaveResponse(data=saving_pb2.SaveData(file=number, data=bytes(piece)))
+            while frame := await self._in_thread(partial(_next_frame, pieces)):
+                yield saving_pb2.SaveResponse(data=saving_pb2.SaveData(file=number, data=frame))
 
     async def _write(self, file: SavedFile, folder: Path, name: str) -> AsyncIterator[int]:
         """The bytes written so far, again and again."""
@@ -133,6 +133,17 @@ class SaveCall:
         if self._closed:
             raise ModelUnavailableError("the model is being unloaded")
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+
+def _next_frame(pieces: Iterator[memoryview]) -> bytes:
+    """The bytes of the next pieces, as many as make a message worth it; less than twice PIECE_BYTES."""
+    frame, size = [], 0
+    for piece in pieces:
+        frame.append(bytes(piece))
+        size += len(piece)
+        if size >= PIECE_BYTES:
+            break
+    return b"".join(frame)
 
 
 def _write_some(out: IO[bytes], pieces: Iterator[memoryview], path: Path) -> int:

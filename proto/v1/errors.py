@@ -34,8 +34,8 @@ class ShardliftError(Exception):
     """Base of every failure that shardlift raises."""
 
 
-class InvalidRequestError(ShardliftError):
-    """An argument that can't be meant."""
+class InvalidRequestError(ShardliftError, ValueError):
+    """An argument that can't be meant. A ValueError, too, which is what transformers raises for such."""
 
 
 class InvalidDeviceMapError(InvalidRequestError):

@@ -270,7 +270,7 @@ class StagePlan(_message.Message):
     def __init__(self, index: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., fetch_bytes: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., modules: _Optional[_Iterable[str]] = ..., workspace_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., predicted_load_seconds: _Optional[float] = ..., kv_budget_bytes: _Optional[int] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "state", "plan", "residency", "config_json", "generation_config_json", "path", "reason", "load_seconds", "recoveries", "recovery_seconds", "quantization_config_json")
+    __slots__ = ("name", "state", "plan", "residency", "config_json", "generation_config_json", "path", "reason", "load_seconds", "recoveries", "recovery_seconds", "quantization_config_json", "footprint")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
@@ -283,6 +283,7 @@ class ModelInfo(_message.Message):
     RECOVERIES_FIELD_NUMBER: _ClassVar[int]
     RECOVERY_SECONDS_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
+    FOOTPRINT_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: ModelState
     plan: Plan
@@ -295,7 +296,16 @@ class ModelInfo(_message.Message):
     recoveries: int
     recovery_seconds: float
     quantization_config_json: str
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., residency: _Optional[_Iterable[_Union[StageResidency, _Mapping]]] = ..., config_json: _Optional[str] = ..., generation_config_json: _Optional[str] = ..., path: _Optional[str] = ..., reason: _Optional[str] = ..., load_seconds: _Optional[float] = ..., recoveries: _Optional[int] = ..., recovery_seconds: _Optional[float] = ..., quantization_config_json: _Optional[str] = ...) -> None: ...
+    footprint: Footprint
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., residency: _Optional[_Iterable[_Union[StageResidency, _Mapping]]] = ..., config_json: _Optional[str] = ..., generation_config_json: _Optional[str] = ..., path: _Optional[str] = ..., reason: _Optional[str] = ..., load_seconds: _Optional[float] = ..., recoveries: _Optional[int] = ..., recovery_seconds: _Optional[float] = ..., quantization_config_json: _Optional[str] = ..., footprint: _Optional[_Union[Footprint, _Mapping]] = ...) -> None: ...
+
+class Footprint(_message.Message):
+    __slots__ = ("parameter_bytes", "buffer_bytes")
+    PARAMETER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BUFFER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    parameter_bytes: int
+    buffer_bytes: int
+    def __init__(self, parameter_bytes: _Optional[int] = ..., buffer_bytes: _Optional[int] = ...) -> None: ...
 
 class ModelCard(_message.Message):
     __slots__ = ("info", "source", "options", "seats")

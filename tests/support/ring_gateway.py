@@ -67,6 +67,8 @@ def serving(folder: Path, ends: Sequence[int], **options: Any) -> Iterator[Serve
                     link=each.link,
                     bottleneck="",
                     connections=1,
+                    parameter_bytes=each.parameter_bytes,
+                    buffer_bytes=each.buffer_bytes,
                 )
                 for address, each in zip(running.addresses, loaded, strict=True)
             ]
@@ -121,6 +123,7 @@ def _info(folder: Path, specs: Sequence[StageSpec], reports: Sequence[LoadReport
         config_json=json.dumps(dict(specs[0].config)),
         generation_config_json=json.dumps(dict(specs[0].generation_config or {})),
         quantization_config_json=json.dumps(dict(quantization)) if quantization else "",
+        footprint=loads.footprint(reports),
         residency=[loads.residency(index, report) for index, report in enumerate(reports)],
         plan=registry_pb2.Plan(
             model=str(folder),
