@@ -17,6 +17,7 @@ def push_folder(
     files: list[str],
     repo_id: str,
     *,
+    older: list[str],
     token: str | bool | None = None,
     private: bool | None = None,
     revision: str | None = None,
@@ -26,8 +27,9 @@ def push_folder(
 ) -> CommitInfo:
     """Commits `files` of `folder` to the repository `repo_id`, which is made where there is none.
 
-    token: as huggingface_hub takes it; by default that of this environment. Raises AuthenticationError where the Hub
-    refuses it, and SaveError for all else that fails.
+    older: patterns of the names of files that these replace; those that the repository has are removed. token: as
+    huggingface_hub takes it; by default that of this environment. Raises AuthenticationError where the Hub refuses it,
+    and SaveError for all else that fails.
     """
     # Lazily: only who pushes needs it.
     from huggingface_hub import HfApi
@@ -41,6 +43,8 @@ def push_folder(
             repo_id=full_id,
             folder_path=folder,
             allow_patterns=files,
+            # Weights of another save, which a reader would take in the place of these or beside them.
+            delete_patterns=older,
             revision=revision,
             commit_message=commit_message or "Upload model",
             commit_description=commit_description,
@@ -58,7 +62,7 @@ def _told(repo_id: str, token: str | bool | None) -> Iterator[None]:
         raise AuthenticationError(
             "the Hub wants a token, and there is none here: pass token=, set HF_TOKEN or run `hf auth login`"
         ) from None
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError, RuntimeError) as error:
         text = one_line(error, 300)
         if isinstance(token, str) and token:
             text = text.replace(token, "…")

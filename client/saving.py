@@ -340,6 +340,12 @@ class _Files:
                 path.unlink()
 
 
+def _weight_names(variant: str) -> list[str]:
+    """Patterns of the names that weights and their index have."""
+    stem, index = (f"model.{variant}", f".{variant}") if variant else ("model", "")
+    return [f"{stem}.safetensors", f"{stem}-?????-of-?????.safetensors", f"model.safetensors.index{index}.json"]
+
+
 def save_pretrained(
     model: DescribedModel,
     gateway: Gateway,
@@ -384,6 +390,7 @@ def save_pretrained(
         folder,
         files,
         repo_id or os.path.basename(folder),
+        older=_weight_names(options.get("variant") or ""),
         token=token,
         private=private,
         revision=revision,
