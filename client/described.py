@@ -178,14 +178,14 @@ class DescribedModel:
         another device or a dtype."""
         import torch
 
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype is not None:
-            self._cast(f"to({dtype})")
-        if device is not None and device.type != "cpu":
-            raise InvalidRequestError(
-                f"model {self.name} can't be moved to {device}: it stays on the devices that its plan chose, and takes "
-                "inputs from the CPU. Choose devices with device_map when you load it"
-            )
+        for value in (*args, kwargs.get("device"), kwargs.get("dtype")):
+            if isinstance(value, torch.dtype):
+                self._cast(f"to({value})")
+            elif isinstance(value, (str, int, torch.device)) and not isinstance(value, bool) and str(value) != "cpu":
+                raise InvalidRequestError(
+                    f"model {self.name} can't be moved to {value}: it stays on the devices that its plan chose, and "
+                    "takes inputs from the CPU. Choose devices with device_map when you load it"
+                )
         return self
 
     def cpu(self) -> Self:
@@ -193,7 +193,7 @@ class DescribedModel:
         return self
 
     def cuda(self, device: Any = None) -> Self:
-        return self.to("cuda" if device is None else device)
+        return self.to(f"cuda:{device}" if isinstance(device, int) else device or "cuda")
 
     def half(self) -> Self:
         return self._cast("half()")
