@@ -63,13 +63,22 @@ MORE: list[tuple[str, dict[str, Any], str, list[int]]] = [
     ("gpt2", {}, "int8", [2]),
     ("mixtral", {}, "nf4", []),
     ("nemotron_h", {}, "none", [2]),  # renamed, experts without a gate
-    *((family, BF16, quantization, [1, 3]) for family in checkpoints.FAMILIES for quantization in ("none", "nf4")),
+    *(
+        (family, BF16, quantization, [1, 3])
+        for family in checkpoints.FAMILIES
+        for quantization in ("none", "nf4")
+        # What transformers writes of this one in 4 bits, it can't load either.
+        if (family, quantization) != ("llama4_text", "nf4")
+    ),
 ]
 
 
-def config_of(quantization: str) -> BitsAndBytesConfig | None:
+def config_of(quantization: str, family: str) -> BitsAndBytesConfig | None:
     fields = QUANTIZATIONS[quantization]
-    return None if fields is None else BitsAndBytesConfig(**fields)
+    if fields is None:
+        return None
+    unquantized = checkpoints.FAMILIES[family].unquantized
+    return BitsAndBytesConfig(**fields, llm_int8_skip_modules=["lm_head", *unquantized] if unquantized else None)
 
 
 def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -109,7 +118,7 @@ def test_saved_after_use_it_is_what_transformers_saves_and_loads(
     tmp_path: Path, family: str, arguments: dict[str, Any], quantization: str, ends: list[int]
 ) -> None:
     folder = checkpoints.tiny(family, tmp_path / "source", **arguments)
-    config = config_of(quantization)
+    config = config_of(quantization, family)
     whole = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
     whole.save_pretrained(tmp_path / "theirs")  # before its first pass, after which it would save other statistics
     with serving(folder, ends, quantization=config.to_dict() if config else None) as served:
