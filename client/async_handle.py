@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import InvalidRequestError
-from . import asking, forward
+from . import asking, forward, saving
 from .async_forward import AsyncRemoteCache, once
 from .async_gateway import AsyncGateway
 from .async_generation import AsyncGeneration
@@ -18,6 +19,7 @@ from .values import ModelInfo, StageResidency
 
 if TYPE_CHECKING:
     import torch
+    from huggingface_hub import CommitInfo
     from transformers import GenerationConfig
     from transformers.generation.streamers import BaseStreamer
     from transformers.generation.utils import GenerateOutput
@@ -68,6 +70,27 @@ class AsyncRemoteModel(DescribedModel):
         """Takes the model out of the cluster. Every handle for it is then useless."""
         request = registry_pb2.UnloadModelRequest(name=self.name)
         await self._gateway.ask("UnloadModel", request, timeout_s=UNLOAD_TIMEOUT_S)
+
+    async def save_pretrained(self, save_directory: str | os.PathLike[str], **arguments: Any) -> None:
+        """As `RemoteModel.save_pretrained`, from a thread. Cancelling the task ends the save, and leaves nothing."""
+        await self._save(saving.save_pretrained, save_directory, arguments)
+
+    async def push_to_hub(self, repo_id: str, **arguments: Any) -> CommitInfo:
+        """As `RemoteModel.push_to_hub`, from a thread. What is on its way to the Hub already gets there."""
+        return await self._save(saving.push_to_hub, repo_id, arguments)
+
+    async def _save(self, function: Callable[..., Any], where: Any, arguments: Mapping[str, Any]) -> Any:
+        await self._learn()
+        stop = saving.Stop()
+        gateway = self._gateway.blocking
+        running = asyncio.ensure_future(asyncio.to_thread(function, self, gateway, where, stop=stop, **arguments))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            stop.stop()
+            await asyncio.wait([running])
+            running.exception()  # seen
+            raise
 
     def eval(self) -> AsyncRemoteModel:
         """Itself: a resident model is always in evaluation mode."""

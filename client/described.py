@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import secrets
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from .values import ModelInfo, Plan
 if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PreTrainedConfig
+    from typing_extensions import Self
 
     from .collected import Wanted
 
@@ -65,14 +67,23 @@ class DescribedModel:
 
     @property
     def config(self) -> PreTrainedConfig:
-        """The model's config, as transformers' class for it."""
+        """The model's config, as transformers' class for it, with the quantization that was asked for and the dtype."""
         if self._config is None:
             from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-            values = json.loads(self._known().config_json or "{}", object_hook=_special_float)
+            info = self._known()
+            values = json.loads(info.config_json or "{}", object_hook=_special_float)
+            if info.plan.dtype:
+                values.pop("torch_dtype", None)
+                values["dtype"] = info.plan.dtype
             kind = values.get("model_type", "")
             config_class = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PreTrainedConfig  # noqa: SIM401 - its get() imports all
-            self._config = config_class.from_dict(values)
+            config = config_class.from_dict(values)
+            if info.quantization_config_json:
+                from transformers import BitsAndBytesConfig
+
+                config.quantization_config = BitsAndBytesConfig.from_dict(json.loads(info.quantization_config_json))
+            self._config = config
         return self._config
 
     @property
@@ -85,6 +96,16 @@ class DescribedModel:
     @generation_config.setter
     def generation_config(self, config: GenerationConfig) -> None:
         self._generation_config = config
+
+    @property
+    def changed_generation_config(self) -> GenerationConfig | None:
+        """The generation config, where this handle's user has asked for it, and may have changed it."""
+        return self._generation_config
+
+    @property
+    def info_path(self) -> str:
+        """What the model was loaded from, as its user wrote it."""
+        return self._known().path
 
     @property
     def dtype(self) -> torch.dtype:
@@ -107,11 +128,94 @@ class DescribedModel:
         return {module: stage.place for stage in self.plan.stages for module in stage.modules}
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes that all stages hold, as measured. Buffers always count."""
-        return sum(stage.measured_bytes for stage in self._known(measured=True).residency)
+        """Bytes of parameters and buffers, counted as transformers does, on all stages together.
+
+        What several hold, such as a tied embedding, counts for each. `residency()` has every byte, those of quantized
+        weights' statistics too.
+        """
+        info = self._known(measured=True)
+        if info.parameter_bytes is None:  # a gateway that doesn't tell
+            return sum(stage.measured_bytes for stage in info.residency)
+        return info.parameter_bytes + (info.buffer_bytes if return_buffers else 0)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many parameters the model has, before any quantization. None of a resident model is trainable."""
+        if only_trainable:
+            return 0
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        config = copy.deepcopy(self.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            return int(AutoModelForCausalLM.from_config(config).num_parameters(exclude_embeddings=exclude_embeddings))
 
     def can_generate(self) -> bool:
         return True
+
+    # What a local model can be turned into, and a resident one can't
+
+    @property
+    def training(self) -> bool:
+        """Never: a resident model is always in evaluation mode."""
+        return False
+
+    @property
+    def is_quantized(self) -> bool:
+        return bool(self._known().quantization_config_json)
+
+    @property
+    def is_loaded_in_4bit(self) -> bool:
+        return bool(getattr(getattr(self.config, "quantization_config", None), "load_in_4bit", False))
+
+    @property
+    def is_loaded_in_8bit(self) -> bool:
+        return bool(getattr(getattr(self.config, "quantization_config", None), "load_in_8bit", False))
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Itself, for the CPU: there its inputs and outputs are. Raises InvalidRequestError, which is a ValueError, for
+        another device or a dtype."""
+        import torch
+
+        for value in (*args, kwargs.get("device"), kwargs.get("dtype")):
+            if isinstance(value, torch.dtype):
+                self._cast(f"to({value})")
+            elif isinstance(value, (str, int, torch.device)) and not isinstance(value, bool) and str(value) != "cpu":
+                raise InvalidRequestError(
+                    f"model {self.name} can't be moved to {value}: it stays on the devices that its plan chose, and "
+                    "takes inputs from the CPU. Choose devices with device_map when you load it"
+                )
+        return self
+
+    def cpu(self) -> Self:
+        """Itself: its inputs and outputs are on the CPU."""
+        return self
+
+    def cuda(self, device: Any = None) -> Self:
+        return self.to(f"cuda:{device}" if isinstance(device, int) else device or "cuda")
+
+    def half(self) -> Self:
+        return self._cast("half()")
+
+    def float(self) -> Self:
+        return self._cast("float()")
+
+    def bfloat16(self) -> Self:
+        return self._cast("bfloat16()")
+
+    def _cast(self, asked: str) -> Self:
+        what = "a quantized model" if self.is_quantized else "a resident model"
+        raise InvalidRequestError(
+            f".{asked} is not supported: {what} keeps the dtype it was loaded with. Load it with the dtype= you want"
+        )
+
+    def dequantize(self, dtype: Any = None) -> Self:
+        if not self.is_quantized:
+            raise InvalidRequestError("You need to first quantize your model in order to dequantize it")
+        raise InvalidRequestError(
+            f"model {self.name} can't be dequantized where it is: load the checkpoint without a quantization_config"
+        )
 
     # What to send
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import InvalidRequestError
-from . import asking, forward
+from . import asking, forward, saving
 from .described import DescribedModel
 from .forward import RemoteCache
 from .gateway import Gateway
 from .generation import Generation
+from .saving import SaveProgress
 from .values import ModelInfo, StageResidency
 
 if TYPE_CHECKING:
     import torch
+    from huggingface_hub import CommitInfo
     from transformers import GenerationConfig
     from transformers.generation.streamers import BaseStreamer
     from transformers.generation.utils import GenerateOutput
@@ -67,6 +70,81 @@ class RemoteModel(DescribedModel):
         """Takes the model out of the cluster. Every handle for it is then useless."""
         request = registry_pb2.UnloadModelRequest(name=self.name)
         self._gateway.ask("UnloadModel", request, timeout_s=UNLOAD_TIMEOUT_S)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        token: str | bool | None = None,
+        *,
+        shared: bool | None = None,
+        dequantize_experts: bool = True,
+        on_progress: Callable[[SaveProgress], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Saves the model as transformers does: a folder that `from_pretrained`, transformers' too, loads again.
+
+        What is quantized is saved so, in bitsandbytes' serialized form. Each stage writes files of its own, at once
+        with the others: the workers do where they all see `save_directory` as this process does, which is found out;
+        else the bytes are streamed here. `shared` demands one or the other. The tokenizer's files come along, unless
+        the folder has any.
+
+        Experts that were quantized one by one (`quantize_experts=True`) get their 16 bits back, for transformers has no
+        4-bit experts; `dequantize_experts=False` keeps their 4 bits, for shardlift alone. `on_progress` is told of each
+        step. `push_to_hub=True` commits the files to the repository `repo_id`, by default of the folder's name;
+        `kwargs` are then those of `push_to_hub`.
+
+        Raises SaveError where the folder can't take it, and then leaves nothing behind.
+        """
+        saving.save_pretrained(
+            self,
+            self._gateway,
+            save_directory,
+            is_main_process=is_main_process,
+            state_dict=state_dict,
+            push_to_hub=push_to_hub,
+            max_shard_size=max_shard_size,
+            variant=variant,
+            token=token,
+            shared=shared,
+            dequantize_experts=dequantize_experts,
+            on_progress=on_progress,
+            **kwargs,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> CommitInfo:
+        """Saves the model to a repository of the Hub, which is made where there is none, by way of a temporary folder
+        here. `kwargs` are those of `save_pretrained`.
+
+        `token` is huggingface_hub's, by default that of this environment; it goes to the Hub alone.
+        """
+        return saving.push_to_hub(
+            self,
+            self._gateway,
+            repo_id,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            **kwargs,
+        )
 
     def eval(self) -> RemoteModel:
         """Itself: a resident model is always in evaluation mode."""

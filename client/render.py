@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, TextIO
 
 from .modules import grouped
+from .saving import SaveProgress
 from .summary import duration, kv_room, load_prediction, load_summary, memory_bar, rate, recovery_summary, size
 from .values import CachedPart, LoadEvent, LoadStarted, LoadWarning, ModelInfo, Plan, StagePlaced, StageProgress
 
@@ -258,3 +259,39 @@ def _print(table: Table) -> None:
     from rich.console import Console
 
     Console(markup=False, width=None if sys.stdout.isatty() else _UNBOUNDED_COLUMNS).print(table)
+
+
+class SaveLines:
+    """Shows a save on stderr: a bar on a terminal, else a line now and then."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._last_line_s = -_LINE_EVERY_S
+        self._bars: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> SaveLines:
+        if self._stream.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+            columns = (TextColumn("saving"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+            self._bars = Progress(*columns, console=Console(file=self._stream))
+            self._bars.start()
+            self._task = self._bars.add_task("", total=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def show(self, progress: SaveProgress) -> None:
+        """Takes what `save_pretrained` tells of its progress."""
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, completed=progress.written_bytes, total=progress.total_bytes)
+            return
+        now = time.monotonic()
+        if progress.written_bytes < progress.total_bytes and now - self._last_line_s < _LINE_EVERY_S:
+            return
+        self._last_line_s = now
+        print(f"saved {size(progress.written_bytes)} of {size(progress.total_bytes)}", file=self._stream, flush=True)

@@ -255,6 +255,10 @@ class ModelInfo:
     load_seconds: float
     recoveries: int = 0
     recovery_seconds: float = 0.0
+    quantization_config_json: str = ""
+    # As transformers counts a model's footprint; None until it has been measured.
+    parameter_bytes: int | None = None
+    buffer_bytes: int = 0
 
     @classmethod
     def from_proto(cls, info: registry_pb2.ModelInfo) -> ModelInfo:
@@ -271,6 +275,9 @@ class ModelInfo:
             load_seconds=info.load_seconds,
             recoveries=info.recoveries,
             recovery_seconds=info.recovery_seconds,
+            quantization_config_json=info.quantization_config_json,
+            parameter_bytes=info.footprint.parameter_bytes if info.HasField("footprint") else None,
+            buffer_bytes=info.footprint.buffer_bytes,
         )
 
     @property

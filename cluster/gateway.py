@@ -12,14 +12,14 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from ..proto.v1 import inference_pb2, inference_pb2_grpc, limits, registry_pb2, registry_pb2_grpc
+from ..proto.v1 import inference_pb2, inference_pb2_grpc, limits, registry_pb2, registry_pb2_grpc, saving_pb2
 from ..proto.v1.credentials import listen
 from ..proto.v1.errors import InternalError, InvalidRequestError
 from ..proto.v1.server import Checked, TolerantReading, abort, readable
 from ..proto.v1.status import to_error
 from ..proto.v1.wire import MAX_CALLS, SERVER_OPTIONS
 from ..worker.tensors import from_message, ids_message
-from . import node_caches, relay
+from . import node_caches, relay, saving
 from .auth import OnlyHealthChecks, TokenInterceptor, read_token
 from .gateway_options import GatewayOptions
 from .registry import Registry
@@ -164,6 +164,19 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
             return registry_pb2.ClearCachedPartsResponse(bytes=await asyncio.to_thread(node_caches.clear))
         except Exception as error:
             return await _abort(context, error)
+
+    async def SaveModel(
+        self, request: saving_pb2.SaveModelRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[saving_pb2.SaveModelResponse]:
+        events = saving.save(self._registry, request)
+        try:
+            async for event in events:
+                yield event
+        except Exception as error:
+            await _abort(context, error)
+        finally:
+            # Where the client has gone, what was written must go now, not when the generator is collected.
+            await events.aclose()  # type: ignore[attr-defined]
 
 
 class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):

@@ -131,6 +131,14 @@ async def actual_device(worker: Any, index: int, planned: str) -> str:
     return actual if ":" in actual else planned
 
 
+def footprint(reports: Sequence[LoadReport]) -> registry_pb2.Footprint:
+    """What all workers hold, as transformers counts it."""
+    return registry_pb2.Footprint(
+        parameter_bytes=sum(report.parameter_bytes for report in reports),
+        buffer_bytes=sum(report.buffer_bytes for report in reports),
+    )
+
+
 def residency(index: int, report: LoadReport) -> registry_pb2.StageResidency:
     """What a worker measured, as it goes over the wire."""
     return registry_pb2.StageResidency(

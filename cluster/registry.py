@@ -119,6 +119,13 @@ class Registry:
             await asyncio.shield(entry.attempt)
         return self.route(name)
 
+    async def ready_resident(self, name: str) -> Resident:
+        """The stages of a model that is ready, as `ready_route`."""
+        await self.ready_route(name)
+        resident = self._entry(name).resident
+        assert resident is not None
+        return resident
+
     async def next_route(self, name: str, failed: Route) -> Route:
         """The route after a call over `failed` has failed: has the model looked after, and waits until it is well.
 
@@ -263,6 +270,7 @@ class Registry:
             info.plan.CopyFrom(planned.plan.to_message(speeds))
             tell(planned=info.plan)
             specs = planned.specs(name, placement.load_id, secret, transfer, serving, self._options.stage_tls)
+            info.quantization_config_json = json.dumps(dict(specs[0].quantization)) if specs[0].quantization else ""
             card = registry_pb2.ModelCard(info=info).SerializeToString()
             await place(planned.plan, specs, card, placement)
 
@@ -280,6 +288,7 @@ class Registry:
         await resident.join()
         entry.tokenizer = await loads.tokenizer_or_none(entry.source, token, request.source.trust_remote_code)
         info.residency.extend(loads.residency(index, report) for index, report in enumerate(reports))
+        info.footprint.CopyFrom(loads.footprint(reports))
         self._speeds.learn(entry.source, [stage.device for stage in planned.plan.stages], reports)
         info.load_seconds = time.monotonic() - started
         # The workers first: ready is what a restarted controller would find ready.

@@ -11,10 +11,12 @@ from ray.exceptions import RayError
 
 from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import ModelUnavailableError, OutOfMemoryError, ShardliftError, WorkerDiedError, one_line
+from ..proto.v1.tls import TLS
 from ..worker.anatomy import Cut
 from ..worker.records import HubToken, SourceSpec
 from ..worker.service import SECRET_HEADER
 from ..worker.spec import LoadReport, StageSpec
+from ..worker.tokenizer import tokenizer_files
 from . import loads, requests
 from .devices import gpus_or_all
 from .placement import Placement, call, end_process, is_there, kill, place_again, place_elsewhere, silent_nodes
@@ -59,6 +61,11 @@ class Resident:
         self.route: Route | None = None
 
     @property
+    def tls(self) -> TLS | None:
+        """The stages'."""
+        return self._specs[0].tls
+
+    @property
     def trust_remote_code(self) -> bool:
         """Whether the checkpoint's own code was let run."""
         return self._request.source.trust_remote_code
@@ -68,19 +75,28 @@ class Resident:
         return self._specs[0].source
 
     @property
-    def _metadata(self) -> list[tuple[str, str]]:
+    def addresses(self) -> list[str]:
+        """The stages', in order. Raises ModelUnavailableError where one is known to be lost."""
+        return [report.address for report in self._all_reports()]
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """What the checkpoint's tokenizer is made of. Raises what reading them raises."""
+        return dict(tokenizer_files(self.source, self._token))
+
+    @property
+    def metadata(self) -> list[tuple[str, str]]:
         return [(SECRET_HEADER, self._specs[0].secret)]
 
     # -- joining ---------------------------------------------------------------------------------------------------
 
     async def join(self) -> None:
         """Closes the ring over the workers that there are, and takes a token through it."""
-        await loads.join_ring(self.placement.workers, [report.address for report in self._all_reports()])
+        await loads.join_ring(self.placement.workers, self.addresses)
         await self.connect()
 
     async def connect(self) -> None:
         """Takes a token through the ring. Raises ModelUnavailableError where a stage is known to be lost."""
-        route = Route(self._all_reports()[-1].address, self._specs[0].secret, self._specs[0].tls)
+        route = Route(self._all_reports()[-1].address, self._specs[0].secret, self.tls)
         try:
             await route.canary()
         except BaseException:
@@ -112,8 +128,7 @@ class Resident:
         """Calls `on_loss` when a stage ends, until the next `watch` or `close`."""
         assert self.route is not None
         assert self._vigil is None
-        addresses = [report.address for report in self._all_reports()]
-        self._vigil = Vigil(addresses, self._metadata, on_loss, self._specs[0].tls)
+        self._vigil = Vigil(self.addresses, self.metadata, on_loss, self.tls)
 
     async def close(self) -> None:
         """Lets go of the stages; they stay."""
@@ -144,7 +159,7 @@ class Resident:
         """
         await self._unwatch()
         addresses = {index: report.address for index, report in enumerate(self._reports) if report is not None}
-        silent = await lost_stages(addresses, self._metadata, self._specs[0].tls)
+        silent = await lost_stages(addresses, self.metadata, self.tls)
         # Processes that hold on to their device, and answer nobody.
         hanging = {index: report.pid for index, report in enumerate(self._reports) if report and silent.get(index)}
         for index in silent:

@@ -92,7 +92,16 @@ def test_each_worker_fetched_its_own_bytes_and_kept_no_file(
 def test_predicted_bytes_are_the_measured_ones(model: RemoteModel) -> None:
     for stage, residency in zip(model.plan.stages, model.residency(), strict=True):
         assert residency.measured_bytes == pytest.approx(stage.resident_bytes, rel=0.01)
-    assert model.get_memory_footprint() == sum(stage.measured_bytes for stage in model.residency())
+
+
+def test_footprint_is_that_of_one_process_and_what_the_tied_embedding_costs_again(
+    model: RemoteModel, whole: Any
+) -> None:
+    tied = whole.lm_head.weight.numel() * whole.lm_head.weight.element_size()
+    parameters = whole.get_memory_footprint(return_buffers=False)
+    assert model.get_memory_footprint(return_buffers=False) == parameters + tied
+    # Each stage has the rotary frequencies.
+    assert model.get_memory_footprint() - parameters - tied == 3 * (whole.get_memory_footprint() - parameters)
 
 
 def test_stages_stand_on_different_nodes_and_the_map_names_every_module(model: RemoteModel, whole: Any) -> None:
@@ -252,3 +261,45 @@ def test_unloading_ends_the_workers_and_their_ports(cluster: RunningCluster, tmp
     assert len(processes) == 2
     assert ports
     eventually(lambda: not any(map(psutil.Process.is_running, processes)), "workers are left")
+
+
+# -- out again --------------------------------------------------------------------------------------------------------
+
+
+def test_saved_by_the_workers_it_loads_in_one_process_to_the_same_logits(
+    model: RemoteModel, cluster: RunningCluster, tokenizer: Any, tmp_path: Path
+) -> None:
+    done = run_cli(cluster, "save", "smol", str(tmp_path / "saved"), "--shared")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"saved smol in {tmp_path / 'saved'}\n"
+    assert "saved " in done.stderr
+    assert len(list((tmp_path / "saved").glob("model-0000?-of-00003.safetensors"))) == 3
+    assert not list(tmp_path.rglob(".shardlift*"))
+    ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert (saved(ids).logits - model(ids).logits).abs().max() == 0.0
+    messages = [{"role": "user", "content": "Name three rivers."}]
+    own = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert own.apply_chat_template(messages) == tokenizer.apply_chat_template(messages)
+    # A name that means another folder in each process: what the workers don't see is streamed.
+    (tmp_path / "streamed").mkdir()
+    descriptor = os.open(tmp_path / "streamed", os.O_RDONLY)
+    try:
+        model.save_pretrained(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
+    files = {path.name: path.stat().st_size for path in (tmp_path / "saved").iterdir()}
+    assert {path.name: path.stat().st_size for path in (tmp_path / "streamed").iterdir()} == files
+    for name in files:
+        assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes(), name
+
+
+def test_what_can_not_be_saved_is_one_line(model: RemoteModel, cluster: RunningCluster, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run_cli(cluster, "save", "smol", str(tmp_path / "there" / "x"), "--max-shard-size", "much")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "'much' is not a size" in done.stderr
+    assert not (tmp_path / "there").exists()
+    assert run_cli(cluster, "save", "other", str(tmp_path / "there")).returncode == 1
+    assert run_cli(cluster, "save", "smol", str(tmp_path), "--private").returncode == 2

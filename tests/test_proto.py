@@ -39,7 +39,7 @@ def test_generated_code_is_fresh(generated: Path) -> None:
 def test_every_source_is_of_this_package() -> None:
     for file in SOURCES:
         assert "\npackage shardlift.v1;\n" in file.read_text()
-    assert len(SOURCES) == 4
+    assert len(SOURCES) == 5
 
 
 def test_proto_itself_is_no_package() -> None:

@@ -117,6 +117,8 @@ class StageWorker:
             bottleneck=bottleneck(phases),
             connections=self._spec.connections,
             pid=os.getpid(),
+            parameter_bytes=loaded.parameter_bytes,
+            buffer_bytes=loaded.buffer_bytes,
         )
         return self._report
 

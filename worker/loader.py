@@ -22,7 +22,7 @@ from .part_cache import PartCache, is_worth_keeping, key_of
 from .part_file import PartFile
 from .records import DTYPES, FileVersion, HubToken, TensorRecord
 from .remote_code import import_code
-from .residency import measure
+from .residency import footprint, measure
 from .serialized import serialize
 from .skeleton import (
     KeyMap,
@@ -62,6 +62,8 @@ class LoadedStage:
     cached_bytes: int
     modules: tuple[ModuleBytes, ...]
     link: str
+    parameter_bytes: int
+    buffer_bytes: int
     keep: Callable[[], None] | None
 
 
@@ -155,6 +157,7 @@ def _load(spec: StageSpec, token: HubToken, progress: LoadProgress, cache: PartC
         fetched_bytes=fetched_bytes,
         cached_bytes=0,
         modules=measure(model),
+        **footprint(model),
         link=link,
         keep=keep if cache is not None else None,
     )
@@ -189,6 +192,7 @@ def _load_part(spec: StageSpec, part: PartFile, token: HubToken, progress: LoadP
         fetched_bytes=0,
         cached_bytes=part.size_bytes,
         modules=measure(model),
+        **footprint(model),
         link=part.link,
         keep=None,
     )
@@ -351,7 +355,8 @@ def _converting(timeline: Timeline) -> Iterator[None]:
 def _resident(spec: StageSpec, skeleton: Skeleton) -> ResidentStage:
     """The stage that `skeleton` has become, its weights loaded."""
     skeleton.model.generation_config = _generation_config(spec, skeleton.model.config)
-    return ResidentStage(skeleton.model, skeleton.anatomy, spec.cut, spec.device)
+    keys = tuple(record.key for record in spec.records)
+    return ResidentStage(skeleton.model, skeleton.anatomy, spec.cut, spec.device, checkpoint_keys=keys)
 
 
 def _generation_config(spec: StageSpec, config: PreTrainedConfig) -> GenerationConfig:

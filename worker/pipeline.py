@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -38,6 +39,8 @@ T = TypeVar("T")
 Sender = Callable[[StepKey, ShardliftError], None]
 # What is made of a step's logits, on the computing thread.
 Then = Callable[[torch.Tensor], Any]
+# Who waits for the computing thread looks so often whether there is one still.
+_CLOSED_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +191,25 @@ class StagePipeline:
             raise ModelUnavailableError("the model is being unloaded")
         result: T = await self._settled(self.compute.run(session, function))
         return result
+
+    def between_layers(self, function: Callable[[], T]) -> T:
+        """Runs `function`, which must be quick, on the computing thread before whatever waits there.
+
+        For another thread, which waits for the result.
+        """
+        done: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(function())
+            except BaseException as error:
+                done.set_exception(error)
+
+        self.compute.soon(run)
+        while not wait([done], timeout=_CLOSED_S).done:
+            if self._closed:  # and then nothing is run any more
+                raise ModelUnavailableError("the model is being unloaded")
+        return done.result()
 
     async def _run_work(self, work: _Work) -> Any:
         """What `work.then` gives, in the step's turn; single-token steps go along with other sessions'."""

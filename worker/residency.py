@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Int8Params, Params4bit
 from torch import nn
+from transformers import PreTrainedModel
 
 from .experts import Experts4bit
 from .spec import ModuleBytes
@@ -46,6 +47,12 @@ def measure(model: nn.Module) -> tuple[ModuleBytes, ...]:
             # The dtype of most of its bytes: a quantized weight's, not its statistics'.
             modules.append(ModuleBytes(module=name, dtype=max(dtypes)[1], size_bytes=size, device=device))
     return tuple(modules)
+
+
+def footprint(model: PreTrainedModel) -> dict[str, int]:
+    """parameter_bytes and buffer_bytes, as transformers counts them: without the statistics of quantized weights."""
+    parameters = int(model.get_memory_footprint(return_buffers=False))
+    return {"parameter_bytes": parameters, "buffer_bytes": int(model.get_memory_footprint()) - parameters}
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:

@@ -47,7 +47,7 @@ def restore(
 
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        for name, old in list(_own(module)):
+        for name, old in list(own_tensors(module)):
             key = prefix + name
             if key in skip:
                 continue
@@ -99,7 +99,7 @@ def check_statistics(name: str, module: bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
         )
 
 
-def _own(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and persistent buffers of the module itself."""
     yield from module.named_parameters(recurse=False, remove_duplicate=False)
     for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):

@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from ..proto.v1 import inference_pb2, inference_pb2_grpc, limits, stage_pb2
+from ..proto.v1 import inference_pb2, inference_pb2_grpc, limits, saving_pb2, stage_pb2
 from ..proto.v1.credentials import listen
 from ..proto.v1.errors import (
     AuthenticationError,
@@ -28,6 +28,7 @@ from ..proto.v1.wire import MAX_CALLS, STAGE_SERVER_OPTIONS
 from .admission import Admission
 from .links import STEP_METHOD, StepKey
 from .pipeline import IncomingStep, StagePipeline
+from .save_call import SaveCall
 from .session import RingSession
 from .spec import MOST_IDLE_S, SessionLimits
 from .stage import ResidentStage
@@ -104,7 +105,8 @@ class StageServer:
         )
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined] # missing in grpc-stubs
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self._server.add_generic_rpc_handlers((_handlers(_StageService(self.pipeline)),))
+        self._stage_service = _StageService(self.pipeline)
+        self._server.add_generic_rpc_handlers((_handlers(self._stage_service),))
         if stage.cut.is_last:
             inference_pb2_grpc.add_InferenceServiceServicer_to_server(_InferenceService(self.sessions), self._server)
 
@@ -128,6 +130,7 @@ class StageServer:
     async def stop(self, grace_s: float = 0.5) -> None:
         # The pipeline first: who waits for a step is told why, before the server cuts them off.
         await self.pipeline.close()
+        await self._stage_service.close()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
 
@@ -138,12 +141,45 @@ def _handlers(service: _StageService) -> grpc.GenericRpcHandler:
     step = grpc.stream_stream_rpc_method_handler(
         service.Step, request_deserializer=read_frame, response_serializer=stage_pb2.StepResponse.SerializeToString
     )
-    return grpc.method_handlers_generic_handler(name, {method: step})
+    save = grpc.stream_stream_rpc_method_handler(
+        service.Save,
+        request_deserializer=saving_pb2.SaveRequest.FromString,
+        response_serializer=saving_pb2.SaveResponse.SerializeToString,
+    )
+    return grpc.method_handlers_generic_handler(name, {method: step, "Save": save})
 
 
 class _StageService:
     def __init__(self, pipeline: StagePipeline) -> None:
         self._pipeline = pipeline
+        self._saves: set[SaveCall] = set()
+
+    async def close(self) -> None:
+        """Ends the saves under way; returns once they have taken back what they wrote."""
+        await asyncio.gather(*(save.close() for save in self._saves))
+
+    async def Save(
+        self, request_iterator: AsyncIterator[saving_pb2.SaveRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[saving_pb2.SaveResponse]:
+        call = SaveCall(self._pipeline)
+        self._saves.add(call)
+        try:
+            async for request in request_iterator:
+                match request.WhichOneof("action"):
+                    case "begin":
+                        yield saving_pb2.SaveResponse(part=await call.begin(request.begin))
+                    case "write":
+                        async for response in call.write(request.write):
+                            yield response
+                        yield saving_pb2.SaveResponse(written=saving_pb2.SaveFinished())
+                    case "commit":
+                        await call.commit()
+                        yield saving_pb2.SaveResponse(committed=saving_pb2.SaveFinished())
+        except Exception as error:
+            await _abort(context, error)
+        finally:
+            await call.close()
+            self._saves.discard(call)
 
     async def Step(
         self, request_iterator: AsyncIterator[stage_pb2.StepRequest | memoryview], context: grpc.aio.ServicerContext

@@ -818,6 +818,96 @@ def _make_separate_experts(skeleton: Skeleton) -> None:
     skeleton.separate = frozenset()
 
 
+# ---- back to a checkpoint's names ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedGroup:
+    """Tensors of a resident model that become tensors of a checkpoint together; most become one by themselves.
+
+    saved: by the checkpoint's names, on the meta device. convert: the same with their data, given that of all `names`;
+    shares their memory where it can. None where one tensor just has another name there.
+    """
+
+    names: tuple[str, ...]
+    saved: dict[str, torch.Tensor]
+    convert: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
+
+
+def saved_groups(
+    model: PreTrainedModel, checkpoint_keys: Collection[str], resident: Mapping[str, torch.Tensor]
+) -> list[SavedGroup]:
+    """What `save_pretrained` would write of `resident` (tensors by name, on the meta device), in its order.
+
+    As transformers does (`revert_weight_conversion`), the conversions that the checkpoint needed are undone, and no
+    others; checkpoint_keys: those that the tensors came from. Here group by group, so that nothing piles up.
+    """
+    # The last one first: as they are undone.
+    undone = [entry.reverse_transform() for entry in reversed(_used_conversions(model, checkpoint_keys, resident))]
+    renamings = [entry for entry in undone if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in undone if isinstance(entry, WeightConverter)]
+
+    def rename(name: str) -> str:
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        return name
+
+    groups: list[SavedGroup] = []
+    together: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}
+    for name in sorted(resident, key=dot_natural_key):
+        for converter in converters:
+            target, pattern = converter.rename_source_key(name)
+            if pattern is not None:
+                together.setdefault(target, (converter, []))[1].append((name, pattern))
+                break
+        else:
+            groups.append(SavedGroup(names=(name,), saved={rename(name): resident[name]}))
+    for target, (converter, members) in together.items():
+        convert = _undoing(model, target, converter, members)
+        plain = convert({name: resident[name] for name, _ in members})
+        renamed = {name: rename(name) for name in plain}
+        groups.append(
+            SavedGroup(
+                names=tuple(name for name, _ in members),
+                saved={renamed[name]: tensor for name, tensor in plain.items()},
+                convert=_renamed_after(convert, renamed),
+            )
+        )
+    return groups
+
+
+def _used_conversions(
+    model: PreTrainedModel, checkpoint_keys: Collection[str], resident: Mapping[str, torch.Tensor]
+) -> list[Any]:
+    """Of the model's conversions those that any of its tensors went through when it was loaded."""
+    mapping = get_model_conversion_mapping(model, None, None)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    known = dict.fromkeys(resident, True)
+    for key in sorted(checkpoint_keys, key=dot_natural_key):
+        rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+    return [entry for entry in mapping if entry.was_used()]
+
+
+def _undoing(
+    model: PreTrainedModel, target: str, converter: WeightConverter, members: list[tuple[str, str]]
+) -> Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    def convert(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        fresh = copy.deepcopy(converter)
+        for name, pattern in members:
+            fresh.add_tensor(target, name, pattern, tensors[name])
+        converted = fresh.convert(target, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+
+    return convert
+
+
+def _renamed_after(
+    convert: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]], renamed: Mapping[str, str]
+) -> Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    return lambda tensors: {renamed[name]: tensor for name, tensor in convert(tensors).items()}
+
+
 class _Timed(ConversionOps):
     """A quantization, with its time taken down."""
 

@@ -128,7 +128,8 @@ class LoadReport:
 
     fetched_bytes: read from the source; 0 for a part that came from the node's cache, of which `cached_bytes` were
     read. link: what the bytes came over. bottleneck: the phase (`worker.timeline`) that the load waited for most.
-    connections: reads at a time; "fetch" sums their seconds. pid: of the worker's process.
+    connections: reads at a time; "fetch" sums their seconds. pid: of the worker's process. parameter_bytes and
+    buffer_bytes: as transformers counts a model's footprint.
     """
 
     address: str
@@ -141,6 +142,8 @@ class LoadReport:
     bottleneck: str
     connections: int
     pid: int = 0
+    parameter_bytes: int = 0
+    buffer_bytes: int = 0
 
     @property
     def measured_bytes(self) -> int:

@@ -5,7 +5,7 @@ Shapes: B batch, T new tokens, K past + new tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedModel
 from ..proto.v1.errors import InvalidRequestError
 from .anatomy import Anatomy, Cut
 from .kv import StageCache
+from .pristine import Pristine
 from .ragged import Part, ragged_attention
 
 # On a GPU, layers of this many tokens are waited for one by one: else the host would have all of them under way at
@@ -44,12 +45,23 @@ class StepInput:
 class ResidentStage:
     """Layers `[cut.first, cut.end)` of `model`, with what comes before or after them at the ends.
 
-    Not thread-safe: a stage computes one step at a time.
+    Made before the model's first pass. checkpoint_keys: of the tensors that it was loaded from. Not thread-safe: a
+    stage computes one step at a time.
     """
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, cut: Cut, device: str) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        cut: Cut,
+        device: str,
+        checkpoint_keys: Collection[str] = (),
+    ) -> None:
         self.model = model
+        self.anatomy = anatomy
         self.cut = cut
+        self.checkpoint_keys = checkpoint_keys
+        self.pristine = Pristine(model)
         self.device = torch.device(device)
         self._base = model.get_submodule(anatomy.base)
         config = model.config.get_text_config(decoder=True)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import tempfile
 import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..proto.v1.errors import CheckpointNotFoundError, InvalidRequestError, one_line
 from .records import HubToken, SourceSpec
 from .remote_code import read_modules
-from .sources import Source, open_source, read_file
+from .sources import open_source, read_file
 
 # What transformers' tokenizers read. Weights are never among them.
 TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
-    "config.json",
     "merges.txt",
     "special_tokens_map.json",
     "spiece.model",
@@ -39,19 +39,11 @@ def load_tokenizer(spec: SourceSpec, token: HubToken, trust_remote_code: bool = 
     """
     from transformers import AutoTokenizer
 
-    source = open_source(spec, token)
     with tempfile.TemporaryDirectory(prefix="shardlift-tokenizer-") as folder:
-        try:
-            for file in TOKENIZER_FILES:
-                try:
-                    data = read_file(source, file, _FILE_LIMIT_BYTES)
-                except CheckpointNotFoundError:
-                    continue
-                (Path(folder) / file).write_bytes(data)
-            if trust_remote_code:
-                _write_code(source, Path(folder))
-        finally:
-            source.close()
+        for file, data in tokenizer_files(spec, token, (*TOKENIZER_FILES, "config.json")):
+            (Path(folder) / file).write_bytes(data)
+        if trust_remote_code:
+            _write_code(spec, token, Path(folder))
         try:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         except Exception as error:
@@ -59,7 +51,7 @@ def load_tokenizer(spec: SourceSpec, token: HubToken, trust_remote_code: bool = 
             raise InvalidRequestError(f"{spec.location} has no tokenizer that can be loaded: {text}") from None
 
 
-def _write_code(source: Source, folder: Path) -> None:
+def _write_code(spec: SourceSpec, token: HubToken, folder: Path) -> None:
     """The files of code that the tokenizer's config names."""
     try:
         config = json.loads((folder / "tokenizer_config.json").read_bytes())
@@ -68,8 +60,28 @@ def _write_code(source: Source, folder: Path) -> None:
         return  # there is none; what else is wrong, transformers says
     given = references if isinstance(references, list) else [references]
     modules = [reference.partition(".")[0] for reference in given if isinstance(reference, str)]
-    for file, data in read_modules(source, modules).items():
-        (folder / file).write_bytes(data)
+    source = open_source(spec, token)
+    try:
+        for file, data in read_modules(source, modules).items():
+            (folder / file).write_bytes(data)
+    finally:
+        source.close()
+
+
+def tokenizer_files(
+    spec: SourceSpec, token: HubToken, names: Sequence[str] = TOKENIZER_FILES
+) -> Iterator[tuple[str, bytes]]:
+    """Those of the checkpoint's files `names` that there are, by default all that a tokenizer is made of."""
+    source = open_source(spec, token)
+    try:
+        for file in names:
+            try:
+                data = read_file(source, file, _FILE_LIMIT_BYTES)
+            except CheckpointNotFoundError:
+                continue
+            yield file, data
+    finally:
+        source.close()
 
 
 class LazyTokenizer:

@@ -20,6 +20,7 @@ from .instance import down, up
 from .load import load
 from .models import list_models, show, unload
 from .plan import plan
+from .save import save
 
 INTERRUPTED = 130
 
@@ -47,7 +48,7 @@ def cli() -> None:
     """Loads models into a cluster, shows where they are, and talks to them."""
 
 
-for command in (up, down, plan, load, list_models, show, generate, chat, unload, cache, convert):
+for command in (up, down, plan, load, list_models, show, generate, chat, save, unload, cache, convert):
     cli.add_command(command)
 
 

@@ -10,6 +10,7 @@
     │   ├── TensorMismatchError        missing, unexpected or misshapen tensors, by name
     │   └── UnsupportedModelError      an architecture or quantization that isn't known to be right
     ├── SourceError                    reading failed for good after retries
+    ├── SaveError                      a model can't be written out where it should be
     ├── OutOfMemoryError               a device, or the cluster, is too small
     ├── ModelNameTakenError            the registry holds that name
     ├── ModelNotFoundError             the registry holds no such name
@@ -33,8 +34,8 @@ class ShardliftError(Exception):
     """Base of every failure that shardlift raises."""
 
 
-class InvalidRequestError(ShardliftError):
-    """An argument that can't be meant."""
+class InvalidRequestError(ShardliftError, ValueError):
+    """An argument that can't be meant. A ValueError, too, which is what transformers raises for such."""
 
 
 class InvalidDeviceMapError(InvalidRequestError):
@@ -67,6 +68,10 @@ class UnsupportedModelError(CheckpointError):
 
 class SourceError(ShardliftError):
     """Reading from a source failed for good."""
+
+
+class SaveError(ShardliftError):
+    """A model can't be written out where it should be."""
 
 
 class OutOfMemoryError(ShardliftError):

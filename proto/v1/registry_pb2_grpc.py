@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from shardlift.proto.v1 import registry_pb2 as shardlift_dot_proto_dot_v1_dot_registry__pb2
+from shardlift.proto.v1 import saving_pb2 as shardlift_dot_proto_dot_v1_dot_saving__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -70,6 +71,11 @@ class ModelRegistryServiceStub:
                 request_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.ClearCachedPartsRequest.SerializeToString,
                 response_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.ClearCachedPartsResponse.FromString,
                 _registered_method=True)
+        self.SaveModel = channel.unary_stream(
+                '/shardlift.v1.ModelRegistryService/SaveModel',
+                request_serializer=shardlift_dot_proto_dot_v1_dot_saving__pb2.SaveModelRequest.SerializeToString,
+                response_deserializer=shardlift_dot_proto_dot_v1_dot_saving__pb2.SaveModelResponse.FromString,
+                _registered_method=True)
 
 
 class ModelRegistryServiceServicer:
@@ -123,6 +129,14 @@ class ModelRegistryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SaveModel(self, request, context):
+        """Writes a model out as a checkpoint folder of its client's, and streams what happens. The last message is `finished`.
+        Cancelling it takes back what was written.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelRegistryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -160,6 +174,11 @@ def add_ModelRegistryServiceServicer_to_server(servicer, server):
                     servicer.ClearCachedParts,
                     request_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.ClearCachedPartsRequest.FromString,
                     response_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.ClearCachedPartsResponse.SerializeToString,
+            ),
+            'SaveModel': grpc.unary_stream_rpc_method_handler(
+                    servicer.SaveModel,
+                    request_deserializer=shardlift_dot_proto_dot_v1_dot_saving__pb2.SaveModelRequest.FromString,
+                    response_serializer=shardlift_dot_proto_dot_v1_dot_saving__pb2.SaveModelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -352,6 +371,33 @@ class ModelRegistryService:
             '/shardlift.v1.ModelRegistryService/ClearCachedParts',
             shardlift_dot_proto_dot_v1_dot_registry__pb2.ClearCachedPartsRequest.SerializeToString,
             shardlift_dot_proto_dot_v1_dot_registry__pb2.ClearCachedPartsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SaveModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shardlift.v1.ModelRegistryService/SaveModel',
+            shardlift_dot_proto_dot_v1_dot_saving__pb2.SaveModelRequest.SerializeToString,
+            shardlift_dot_proto_dot_v1_dot_saving__pb2.SaveModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,3 +1,4 @@
+from shardlift.proto.v1 import saving_pb2 as _saving_pb2
 from shardlift.proto.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor

@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from shardlift.proto.v1 import saving_pb2 as shardlift_dot_proto_dot_v1_dot_saving__pb2
 from shardlift.proto.v1 import stage_pb2 as shardlift_dot_proto_dot_v1_dot_stage__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -40,6 +41,11 @@ class StageServiceStub:
                 request_serializer=shardlift_dot_proto_dot_v1_dot_stage__pb2.StepRequest.SerializeToString,
                 response_deserializer=shardlift_dot_proto_dot_v1_dot_stage__pb2.StepResponse.FromString,
                 _registered_method=True)
+        self.Save = channel.stream_stream(
+                '/shardlift.v1.StageService/Save',
+                request_serializer=shardlift_dot_proto_dot_v1_dot_saving__pb2.SaveRequest.SerializeToString,
+                response_deserializer=shardlift_dot_proto_dot_v1_dot_saving__pb2.SaveResponse.FromString,
+                _registered_method=True)
 
 
 class StageServiceServicer:
@@ -59,6 +65,13 @@ class StageServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Save(self, request_iterator, context):
+        """From the gateway to each stage: gives, or writes, the stage's part of a checkpoint folder.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StageServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -66,6 +79,11 @@ def add_StageServiceServicer_to_server(servicer, server):
                     servicer.Step,
                     request_deserializer=shardlift_dot_proto_dot_v1_dot_stage__pb2.StepRequest.FromString,
                     response_serializer=shardlift_dot_proto_dot_v1_dot_stage__pb2.StepResponse.SerializeToString,
+            ),
+            'Save': grpc.stream_stream_rpc_method_handler(
+                    servicer.Save,
+                    request_deserializer=shardlift_dot_proto_dot_v1_dot_saving__pb2.SaveRequest.FromString,
+                    response_serializer=shardlift_dot_proto_dot_v1_dot_saving__pb2.SaveResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -96,6 +114,33 @@ class StageService:
             '/shardlift.v1.StageService/Step',
             shardlift_dot_proto_dot_v1_dot_stage__pb2.StepRequest.SerializeToString,
             shardlift_dot_proto_dot_v1_dot_stage__pb2.StepResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Save(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/shardlift.v1.StageService/Save',
+            shardlift_dot_proto_dot_v1_dot_saving__pb2.SaveRequest.SerializeToString,
+            shardlift_dot_proto_dot_v1_dot_saving__pb2.SaveResponse.FromString,
             options,
             channel_credentials,
             insecure,

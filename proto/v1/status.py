@@ -24,6 +24,7 @@ _CODES: dict[type[errors.ShardliftError], int] = {
     errors.TensorMismatchError: code_pb2.FAILED_PRECONDITION,
     errors.UnsupportedModelError: code_pb2.UNIMPLEMENTED,
     errors.SourceError: code_pb2.UNAVAILABLE,
+    errors.SaveError: code_pb2.FAILED_PRECONDITION,
     errors.OutOfMemoryError: code_pb2.RESOURCE_EXHAUSTED,
     errors.ModelNameTakenError: code_pb2.ALREADY_EXISTS,
     errors.ModelNotFoundError: code_pb2.NOT_FOUND,

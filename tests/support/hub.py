@@ -707,7 +707,7 @@ class _Handler(BaseHTTPRequestHandler):
             method=self.command,
             target=self.path,
             headers=self.headers,
-            body=self.rfile.read(int(self.headers.get("Content-Length", 0))),
+            body=self._body(),
         )
         reply = hub._answer(request)
         info = RequestInfo(
@@ -723,7 +723,17 @@ class _Handler(BaseHTTPRequestHandler):
         fault = hub.fault(info) if hub.fault is not None else None
         self._send(info, _with_fault(reply, fault), fault)
 
-    do_HEAD = do_POST = do_GET  # noqa: N815
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
 
     def _send(self, info: RequestInfo, reply: _Reply, fault: Fault | None) -> None:
         length = reply.body.end - reply.body.start
