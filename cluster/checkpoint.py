@@ -102,9 +102,9 @@ def read_checkpoint(request: CheckpointRequest, token: HubToken) -> Checkpoint:
     source = open_source(spec, token)
     try:
         config = _read_config(source, request.path)
-        generation_config = _read_json(source, "generation_config.json", required=False)
+        generation_config = read_json(source, "generation_config.json", required=False)
         files = _weight_files(source, request)
-        records, versions = _read_headers(source, files)
+        records, versions = read_headers(source, files)
     finally:
         source.close()
     return Checkpoint(
@@ -114,9 +114,9 @@ def read_checkpoint(request: CheckpointRequest, token: HubToken) -> Checkpoint:
 
 def _read_config(source: Source, path: str) -> Mapping[str, Any]:
     try:
-        config = _read_json(source, "config.json", required=True)
+        config = read_json(source, "config.json", required=True)
     except CheckpointNotFoundError as error:
-        if _exists(source, "adapter_config.json"):
+        if exists(source, "adapter_config.json"):
             raise UnsupportedModelError(
                 f"{path} is an adapter; load its base model (adapters can't be loaded yet)"
             ) from None
@@ -125,7 +125,7 @@ def _read_config(source: Source, path: str) -> Mapping[str, Any]:
     return config
 
 
-def _read_json(source: Source, file: str, *, required: bool) -> dict[str, Any] | None:
+def read_json(source: Source, file: str, *, required: bool) -> dict[str, Any] | None:
     try:
         data = read_file(source, file, _JSON_LIMIT_BYTES)
     except CheckpointNotFoundError:
@@ -141,7 +141,7 @@ def _read_json(source: Source, file: str, *, required: bool) -> dict[str, Any] |
     return value
 
 
-def _exists(source: Source, file: str) -> bool:
+def exists(source: Source, file: str) -> bool:
     try:
         source.stat(file)
     except CheckpointNotFoundError:
@@ -153,9 +153,9 @@ def _weight_files(source: Source, request: CheckpointRequest) -> list[str]:
     """Files that hold weights: those that the index names, or the single one. Others in the repository don't count."""
     dotted = f".{request.variant}" if request.variant else ""
     single, index = f"model{dotted}.safetensors", f"model.safetensors.index{dotted}.json"
-    if _exists(source, single):
+    if exists(source, single):
         return [single]
-    listing = _read_json(source, index, required=False)
+    listing = read_json(source, index, required=False)
     if listing is not None:
         weight_map = listing.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -167,7 +167,7 @@ def _weight_files(source: Source, request: CheckpointRequest) -> list[str]:
                 )
         return sorted(set(weight_map.values()))
     for pickled in (f"pytorch_model{dotted}.bin", f"pytorch_model.bin.index{dotted}.json"):
-        if _exists(source, pickled):
+        if exists(source, pickled):
             raise UnsupportedModelError(
                 f"{request.path} has only {pickled}, which can't be read by range: convert it once, with "
                 "AutoModelForCausalLM.from_pretrained(path).save_pretrained(folder)"
@@ -176,7 +176,7 @@ def _weight_files(source: Source, request: CheckpointRequest) -> list[str]:
     raise CheckpointNotFoundError(f"{request.path} has no safetensors weights{wanted} ({single} or {index})")
 
 
-def _read_headers(source: Source, files: list[str]) -> tuple[dict[str, TensorRecord], dict[str, FileVersion]]:
+def read_headers(source: Source, files: list[str]) -> tuple[dict[str, TensorRecord], dict[str, FileVersion]]:
     records: dict[str, TensorRecord] = {}
     versions: dict[str, FileVersion] = {}
     with ThreadPoolExecutor(max_workers=min(_CONNECTIONS, len(files)), thread_name_prefix="headers") as pool:

@@ -1,0 +1,169 @@
+"""From where an adapter is to what its workers are told: its config, its tensors, and where on the model they go."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..proto.v1 import registry_pb2
+from ..proto.v1.errors import CheckpointNotFoundError, InvalidRequestError, UnsupportedModelError
+from ..worker.adapter_spec import AdapterSpec
+from ..worker.adapters import AdapterOutline, check_adapter_config, check_peft, outline_adapter
+from ..worker.records import HubToken, SourceSpec
+from ..worker.skeleton import build_skeleton, parse_config
+from ..worker.sources import Source, open_source
+from ..worker.tensors import dtype_by_name
+from . import requests
+from .checkpoint import exists, read_headers, read_json, resolve_source
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+# What an adapter is called whose user doesn't say, as in transformers.
+DEFAULT_NAME = "default"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutlinedAdapter:
+    """An adapter as the workers are told of it, and what it weighs where."""
+
+    spec: AdapterSpec
+    outline: AdapterOutline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseModel:
+    """What an adapter is injected into: a model's config as a JSON object, and how it is loaded."""
+
+    config: Mapping[str, Any]
+    dtype: str
+    attn_implementation: str | None
+    quantize_experts: bool
+
+
+def outline(name: str, source: registry_pb2.ModelSource, token: HubToken, base: BaseModel) -> OutlinedAdapter:
+    """Reads the adapter's config and headers, and has peft find its targets on the whole model.
+
+    Raises the errors of sources and headers; UnsupportedModelError for a kind that stages can't have, or without peft;
+    InvalidRequestError and TensorMismatchError where it doesn't go with the model.
+    """
+    spec = resolve_source(requests.checkpoint_request(source), token)
+    reader = open_source(spec, token)
+    try:
+        config = _read_config(reader, source.path)
+        kind = check_adapter_config(config, source.path)
+        check_peft()
+        if not exists(reader, WEIGHTS_FILE):
+            if exists(reader, "adapter_model.bin"):
+                raise UnsupportedModelError(
+                    f"{source.path} has only adapter_model.bin, which can't be read by range: save it once with "
+                    "PeftModel.save_pretrained(folder)"
+                )
+            raise CheckpointNotFoundError(f"{source.path} has an {CONFIG_FILE}, but no {WEIGHTS_FILE}")
+        records, versions = read_headers(reader, [WEIGHTS_FILE])
+    finally:
+        reader.close()
+    # Not quantized: that changes no name and no shape of what peft adds.
+    skeleton = build_skeleton(
+        parse_config(base.config), dtype=dtype_by_name(base.dtype), attn_implementation=base.attn_implementation
+    )
+    found = outline_adapter(skeleton, name, config, list(records.values()), source.path)
+    if found.parameters and base.quantize_experts:
+        raise UnsupportedModelError(
+            f"{source.path} is an adapter of experts, which this model holds one by one (quantize_experts): load the "
+            "model without that"
+        )
+    return OutlinedAdapter(
+        spec=AdapterSpec(
+            name=name,
+            path=source.path,
+            kind=kind,
+            config=config,
+            patterns=found.patterns,
+            modules=found.modules,
+            parameters=found.parameters,
+            saved=found.saved,
+            source=spec,
+            records=tuple(records.values()),
+            versions=versions,
+        ),
+        outline=found,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """A path taken apart: the model to load, and the adapter that it is loaded by, where it is one's path."""
+
+    base: registry_pb2.ModelSource
+    adapter: registry_pb2.ModelSource | None
+
+
+def split(source: registry_pb2.ModelSource, elsewhere: registry_pb2.ModelSource | None) -> Split:
+    """What `source` means, as transformers' from_pretrained has it: where an adapter is found, the base is what that
+    names, unless a local folder holds a whole model beside it.
+
+    elsewhere: `adapter_kwargs`, which say where to look for the adapter instead. Raises InvalidRequestError for an
+    adapter that names no base.
+    """
+    where = registry_pb2.ModelSource()
+    where.CopyFrom(source)
+    where.variant = ""
+    if elsewhere is not None:
+        for field in ("revision", "subfolder", "token", "cache_dir"):
+            if getattr(elsewhere, field):
+                setattr(where, field, getattr(elsewhere, field))
+    # What has become of it in the meantime is resolved again with the checkpoint: one commit for the adapter, one for
+    # the base.
+    token = requests.access_token(where)
+    resolved = resolve_source(requests.checkpoint_request(where), token)
+    reader = open_source(resolved, token)
+    try:
+        if not exists(reader, CONFIG_FILE):
+            if elsewhere is not None:
+                raise CheckpointNotFoundError(
+                    f"{source.path} has no {CONFIG_FILE} where adapter_kwargs say: leave them out, or correct them"
+                )
+            return Split(base=source, adapter=None)
+        if resolved.kind == "hub":
+            where.revision = resolved.commit
+        if resolved.kind == "folder" and Path(resolved.location, source.subfolder, "config.json").exists():
+            return Split(base=source, adapter=where)
+        config = _read_config(reader, source.path)
+    finally:
+        reader.close()
+    base = registry_pb2.ModelSource()
+    base.CopyFrom(source)
+    base.path = _base_path(config, resolved, source.path)
+    own = str(config.get("revision") or "")
+    # The revision and the subfolder that were given are the adapter's, unless adapter_kwargs have others for it.
+    base.revision = own or (source.revision if elsewhere is not None and elsewhere.revision else "")
+    base.subfolder = source.subfolder if elsewhere is not None and elsewhere.subfolder else ""
+    return Split(base=base, adapter=where)
+
+
+def _base_path(config: Mapping[str, Any], adapter: SourceSpec, path: str) -> str:
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base.strip():
+        raise InvalidRequestError(
+            f"{path} is an adapter whose {CONFIG_FILE} names no base model: load the base, and then "
+            "model.load_adapter(path)"
+        )
+    if adapter.kind == "folder":
+        beside = Path(adapter.location, adapter.subfolder, base)
+        if not Path(base).is_absolute() and beside.is_dir():
+            return str(beside.resolve())
+    return base
+
+
+def _read_config(reader: Source, path: str) -> dict[str, Any]:
+    try:
+        config = read_json(reader, CONFIG_FILE, required=True)
+    except CheckpointNotFoundError as error:
+        raise CheckpointNotFoundError(f"{path} is no adapter, it has no {CONFIG_FILE}: {error}") from None
+    assert config is not None
+    # As a JSON object that goes on to the workers.
+    result: dict[str, Any] = json.loads(json.dumps(config))
+    return result
