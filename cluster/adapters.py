@@ -9,15 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from ..proto.v1 import registry_pb2
-from ..proto.v1.errors import CheckpointNotFoundError, InvalidRequestError, UnsupportedModelError
+from ..proto.v1.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    InvalidRequestError,
+    ShardliftError,
+    UnsupportedModelError,
+)
 from ..worker.adapter_spec import AdapterSpec
 from ..worker.adapters import AdapterOutline, check_adapter_config, check_peft, outline_adapter
+from ..worker.anatomy import Cut
 from ..worker.records import HubToken, SourceSpec
 from ..worker.skeleton import build_skeleton, parse_config
 from ..worker.sources import Source, open_source
 from ..worker.tensors import dtype_by_name
 from . import requests
 from .checkpoint import exists, read_headers, read_json, resolve_source
+from .planning import OutlinedModel, outline_model
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -78,7 +86,7 @@ def outline(name: str, source: registry_pb2.ModelSource, token: HubToken, base: 
     return OutlinedAdapter(
         spec=AdapterSpec(
             name=name,
-            path=source.path,
+            path=spec.location if spec.kind == "url" else source.path,
             kind=kind,
             config=config,
             patterns=found.patterns,
@@ -91,6 +99,71 @@ def outline(name: str, source: registry_pb2.ModelSource, token: HubToken, base: 
         ),
         outline=found,
     )
+
+
+def cuts_of(plan: registry_pb2.Plan) -> list[Cut]:
+    """The stages' layers."""
+    layers = plan.stages[-1].last_layer + 1
+    return [Cut(first=stage.first_layer, end=stage.last_layer + 1, num_layers=layers) for stage in plan.stages]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutlinedPath:
+    """What a path to load comes to: a model, and the adapter that it is loaded by, where it is one's path.
+
+    base, adapter_source: where they are. adapter: attached once the model is resident.
+    """
+
+    model: OutlinedModel
+    base: registry_pb2.ModelSource
+    adapter: OutlinedAdapter | None
+    adapter_source: registry_pb2.ModelSource | None
+
+
+def outline_path(source: registry_pb2.ModelSource, options: registry_pb2.LoadOptions) -> OutlinedPath:
+    """Reads configs and headers, of an adapter too, where `source` names one.
+
+    Raises whatever of shardlift's errors stands against either.
+    """
+
+    def of_model(base: registry_pb2.ModelSource) -> OutlinedModel:
+        return outline_model(
+            requests.checkpoint_request(base), requests.access_token(base), requests.model_options(options)
+        )
+
+    elsewhere = options.adapter if options.HasField("adapter") else None
+    parts = Split(base=source, adapter=None)
+    if elsewhere is not None or Path(source.path, source.subfolder, CONFIG_FILE).is_file():
+        parts = split(source, elsewhere)
+    try:
+        model = of_model(parts.base)
+    except (CheckpointNotFoundError, UnsupportedModelError) as error:
+        parts = _split_or_raise(source, parts, error)
+        model = of_model(parts.base)
+    adapter = None
+    if parts.adapter is not None:
+        base = BaseModel(
+            config=model.config,
+            dtype=model.layout.outline.dtype,
+            attn_implementation=model.options.attn_implementation,
+            quantize_experts=model.options.quantize_experts,
+        )
+        adapter = outline(DEFAULT_NAME, parts.adapter, requests.access_token(parts.adapter), base)
+    return OutlinedPath(model=model, base=parts.base, adapter=adapter, adapter_source=parts.adapter)
+
+
+def _split_or_raise(source: registry_pb2.ModelSource, parts: Split, error: CheckpointError) -> Split:
+    """What there is no model at may be an adapter; if it isn't, `error` says what is wrong."""
+    if parts.adapter is None:
+        try:
+            parts = split(source, None)
+        except InvalidRequestError:
+            raise  # an adapter without a base
+        except ShardliftError:
+            raise error from None
+        if parts.adapter is not None:
+            return parts
+    raise error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

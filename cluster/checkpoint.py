@@ -118,7 +118,7 @@ def _read_config(source: Source, path: str) -> Mapping[str, Any]:
     except CheckpointNotFoundError as error:
         if exists(source, "adapter_config.json"):
             raise UnsupportedModelError(
-                f"{path} is an adapter; load its base model (adapters can't be loaded yet)"
+                f"{path} is an adapter, and no model to attach one to; load its base model"
             ) from None
         raise CheckpointNotFoundError(f"{path} has no config.json: {error}") from None
     assert config is not None

@@ -171,6 +171,10 @@ class StageWorker:
         except Exception as error:
             raise to_error(error) from None
 
+    async def adapters(self) -> list[str]:
+        """The names of the adapters that are attached here."""
+        return [] if self._server is None else list(self._server.pipeline.stage.adapters.names)
+
     async def limit_tokens(self, kv_tokens: int) -> None:
         """How many tokens' keys and values have room from now on; asked of the last stage, which lets sessions in."""
         assert self._server is not None

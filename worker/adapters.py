@@ -80,8 +80,8 @@ def check_adapter_config(config: Mapping[str, Any], path: str) -> str:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         raise UnsupportedModelError(
-            f"{path} is an adapter with init_lora_weights={start!r}, which changes the base's own weights: save it with "
-            "path_initial_model_for_weight_conversion, as peft's documentation has it, and load what comes out"
+            f"{path} is an adapter with init_lora_weights={start!r}, which changes the base's own weights: save it "
+            "with path_initial_model_for_weight_conversion, as peft's documentation has it, and load what comes out"
         )
     return kind
 
@@ -367,7 +367,6 @@ class StageAdapters:
         self.active = ()
         if loaded is not None and not loaded.prefix:
             return
-        import peft.functional
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -397,9 +396,9 @@ def _unwrap(model: nn.Module) -> None:
     def inner(module: nn.Module) -> nn.Module:
         while True:
             if isinstance(module, BaseTunerLayer) and not module._get_available_adapters():
-                module = module.base_layer
+                module = module.get_submodule("base_layer")
             elif isinstance(module, AuxiliaryTrainingWrapper) and not module._get_available_adapters():
-                module = module.original_module
+                module = module.get_submodule("original_module")
             else:
                 return module
 
@@ -430,7 +429,6 @@ def _parse(config: Mapping[str, Any], path: str) -> Any:
 
 def _inject(model: nn.Module, config: Any, name: str, *, is_empty: bool) -> Any:
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
     # `inject_adapter_in_model` does this, and keeps the tuner to itself, which knows what was targeted.
@@ -465,7 +463,7 @@ def _set_tensors(model: nn.Module, name: str, tensors: Mapping[str, torch.Tensor
     # peft looks these up by their module's path.
     given = {key.removeprefix(_PREFIX) if _strip(key).startswith(saved) else key: tensors[key] for key in tensors}
     try:
-        result = set_peft_model_state_dict(model, given, adapter_name=name)
+        result: Any = set_peft_model_state_dict(model, given, adapter_name=name)
     except KeyError as error:
         raise TensorMismatchError(f"{path} has no tensor for {one_line(error)}") from None
     except RuntimeError as error:
@@ -481,7 +479,7 @@ def _set_tensors(model: nn.Module, name: str, tensors: Mapping[str, torch.Tensor
 
 
 def _saved(model: nn.Module, name: str, *, whole: bool = False) -> Iterator[str]:
-    """Paths of the modules that the adapter has a copy of; unless it must be a whole one, of some of their rows, too."""
+    """Paths of the modules that the adapter has a copy of, `whole`, or of some of their rows too."""
     from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
     kind = ModulesToSaveWrapper if whole else AuxiliaryTrainingWrapper

@@ -25,8 +25,8 @@ class Admission:
         """Sets `kv_tokens` anew. Raises OutOfMemoryError where running sessions have reserved more than that."""
         if kv_tokens and self.reserved_tokens > kv_tokens:
             raise OutOfMemoryError(
-                f"{len(self.running)} sessions hold room for {self.reserved_tokens:,} tokens, and {kv_tokens:,} would be "
-                "left: try again when they have ended"
+                f"{len(self.running)} sessions hold room for {self.reserved_tokens:,} tokens, and {kv_tokens:,} would "
+                "be left: try again when they have ended"
             )
         self.kv_tokens = kv_tokens
 

@@ -204,7 +204,7 @@ class Compute(Generic[Row]):
         _deliver([(job.future, error if error is not None else result)])
 
     def _due(self) -> list[RowJob[Row]]:
-        """Takes the rows that may go now, one of a session, of the kind of the first, no more than make a fair batch."""
+        """Takes the rows that may go now, one of a session and all of a kind, no more than make a fair batch."""
         with self._wake:
             now = time.monotonic()
             active = sum(now - seen < _ACTIVE_S for seen in self._seen.values())

@@ -12,6 +12,7 @@ import click
 
 from ... import __version__
 from ...proto.v1.errors import ShardliftError, one_line
+from .adapter import adapter
 from .cache import cache
 from .chat import chat
 from .generate import generate
@@ -46,7 +47,7 @@ def cli() -> None:
     """Loads models into a cluster, shows where they are, and talks to them."""
 
 
-for command in (up, down, plan, load, list_models, show, generate, chat, unload, cache):
+for command in (up, down, plan, load, list_models, show, generate, chat, adapter, unload, cache):
     cli.add_command(command)
 
 
