@@ -61,7 +61,7 @@ def check_adapter_name(name: str) -> str:
             f"{name[:80]!r} can't be an adapter's name: use up to 63 letters, digits, '_' and '-', beginning with a "
             "letter or digit"
         )
-    if hasattr(nn.ModuleDict(), name) or "weight".startswith(name) or "bias".startswith(name):
+    if hasattr(nn.ModuleDict(), name) or "weight".startswith(name) or name == "bias":
         raise InvalidRequestError(f"{name!r} can't be an adapter's name: torch has something else of that name")
     return name
 
