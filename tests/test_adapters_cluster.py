@@ -212,13 +212,26 @@ def test_a_stage_that_comes_back_has_its_adapters_and_streams_go_on(
 CHOICES: list[tuple[str, ...]] = [("a",), ("b",), ("a", "b")]
 
 
-def test_a_new_controller_knows_the_adapters(two: RemoteModel, files: Files, cluster: RunningCluster) -> None:
-    before = two.adapters()
-    controller = ray.get_actor("controller", namespace="shardlift")
-    ray.kill(controller, no_restart=False)
+def test_a_new_controller_knows_the_adapters_and_brings_stages_back_with_them(
+    two: RemoteModel, files: Files, cluster: RunningCluster
+) -> None:
+    before, residency = two.adapters(), two.residency()
+    victim, *_ = names_of_workers("adapted")
+    killed = [cluster.pid("controller"), cluster.pid(victim)]
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+
+    def is_well() -> bool:
+        try:
+            return two.info().state == "ready" and two(IDS, adapter="a") is not None
+        except (errors.GatewayUnavailableError, errors.ModelUnavailableError):
+            return False
+
+    eventually(is_well, "the model is not brought back", timeout_s=90)
+    for names in (["a"], ["a", "b"], []):
+        assert torch.equal(two(IDS, adapter=names).logits, files.logits(*names))
     assert two.adapters() == before
-    assert torch.equal(two(IDS, adapter="a").logits, files.logits("a"))
-    assert two.get_memory_footprint() == sum(stage.measured_bytes for stage in two.residency())
+    assert [stage.modules for stage in two.residency()] == [stage.modules for stage in residency]
 
 
 def test_commands(two: RemoteModel, files: Files, cluster: RunningCluster) -> None:
