@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -202,9 +203,10 @@ class Resident:
         for worker in self.placement.workers:
             if worker is None:
                 continue
-            for name in await call(worker.adapters.remote(), "a stage"):
-                if name not in self.adapters:
-                    await call(worker.delete_adapter.remote(name), "a stage")
+            with contextlib.suppress(WorkerDiedError):  # it comes back with what it should have
+                for name in await call(worker.adapters.remote(), "a stage"):
+                    if name not in self.adapters:
+                        await call(worker.delete_adapter.remote(name), "a stage")
 
     def tell_adapters(self) -> None:
         """Brings `info` up to date: which adapters there are, and what the stages hold with them."""
