@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import InvalidRequestError
 from . import asking, forward, saving
+from .adapters import DEFAULT_NAME, Adapters, load_request, names_of
 from .async_forward import AsyncRemoteCache, once
 from .async_gateway import AsyncGateway
 from .async_generation import AsyncGeneration
 from .described import DescribedModel
-from .handle import UNLOAD_TIMEOUT_S
-from .values import ModelInfo, StageResidency
+from .handle import ADAPTER_TIMEOUT_S, UNLOAD_TIMEOUT_S
+from .values import Adapter, ModelInfo, StageResidency
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +97,53 @@ class AsyncRemoteModel(DescribedModel):
         """Itself: a resident model is always in evaluation mode."""
         return self
 
+    # Its adapters
+
+    async def load_adapter(
+        self,
+        peft_model_id: str | os.PathLike[str],
+        adapter_name: str | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        subfolder: str = "",
+        cache_dir: str | os.PathLike[str] | None = None,
+        adapter_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Attaches an adapter ("org/name", a folder or a URL) to the resident model, by the name "default" if none is
+        given, and has this handle use it. For others it is there to be chosen.
+
+        It is on every stage then, or, where one failed, on none. Raises InvalidRequestError where the name is taken or
+        the adapter doesn't go with the model, UnsupportedModelError for a kind that stages can't have, OutOfMemoryError
+        where it has no room.
+        """
+        request = load_request(
+            self.name,
+            peft_model_id,
+            adapter_name,
+            self.address,
+            revision=revision,
+            token=token,
+            subfolder=subfolder,
+            cache_dir=cache_dir,
+            adapter_kwargs=adapter_kwargs,
+            others=kwargs,
+        )
+        answer = await self._gateway.ask("LoadAdapter", request, timeout_s=ADAPTER_TIMEOUT_S)
+        self._took(ModelInfo.from_proto(answer.model), loaded=adapter_name or DEFAULT_NAME)
+
+    async def delete_adapter(self, adapter_names: str | Sequence[str]) -> None:
+        """Takes adapters off the resident model, for everybody. Raises ModelBusyError while one is in use."""
+        for name in names_of(adapter_names):
+            request = registry_pb2.DeleteAdapterRequest(model=self.name, name=name)
+            answer = await self._gateway.ask("DeleteAdapter", request, timeout_s=ADAPTER_TIMEOUT_S)
+            self._took(ModelInfo.from_proto(answer.model), deleted=name)
+
+    async def adapters(self) -> list[Adapter]:
+        """The adapters that are attached to the model now."""
+        return list((await self.info()).adapters)
+
     # Running it
 
     async def generate(
@@ -107,6 +155,7 @@ class AsyncRemoteModel(DescribedModel):
         attention_mask: Any = None,
         streamer: BaseStreamer | None = None,
         seed: int | None = None,
+        adapter: Adapters = ...,
         **kwargs: Any,
     ) -> torch.LongTensor | GenerateOutput:
         """As `RemoteModel.generate`. Cancelling the task ends the generation.
@@ -132,11 +181,19 @@ class AsyncRemoteModel(DescribedModel):
                     streamer=streamer,
                     seed=seed,
                     stop=stop,
+                    adapters=self._choice(adapter),
                 )
             except asyncio.CancelledError:
                 stop.stop()
                 raise
-        wanted = self._wanted(ids, generation_config, others, attention_mask=attention_mask, seed=seed)
+        wanted = self._wanted(
+            ids,
+            generation_config,
+            others,
+            attention_mask=attention_mask,
+            seed=seed,
+            adapters=self._choice(adapter),
+        )
         from .collected import Collected
 
         collected = Collected(wanted, streamer)
@@ -159,12 +216,15 @@ class AsyncRemoteModel(DescribedModel):
         messages: Sequence[Mapping[str, str]] | None = None,
         attention_mask: Any = None,
         seed: int | None = None,
+        adapter: Adapters = ...,
         **kwargs: Any,
     ) -> AsyncGeneration:
         """A generation, to iterate over with `async for`: as `RemoteModel.stream`."""
         return AsyncGeneration(
             self._gateway,
-            self._streamed(inputs, generation_config, kwargs, prompt, messages, attention_mask, seed),
+            self._streamed(
+                inputs, generation_config, kwargs, prompt, messages, attention_mask, seed, self._choice(adapter)
+            ),
         )
 
     async def stream_text(self, text: str | Sequence[Mapping[str, str]], **kwargs: Any) -> AsyncIterator[str]:
@@ -184,6 +244,7 @@ class AsyncRemoteModel(DescribedModel):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
+        adapter: Adapters = ...,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """One pass, as `RemoteModel.forward`: ids [batch, length] → logits [batch, length, vocabulary]."""
@@ -201,6 +262,7 @@ class AsyncRemoteModel(DescribedModel):
             logits_to_keep=logits_to_keep,
             use_cache=cached,
             others=kwargs,
+            adapters=self._choice(adapter),
         )
         if not cached:
             return forward.output(await once(self._gateway, asked), None, return_dict)

@@ -6,12 +6,14 @@ import copy
 import json
 import secrets
 from collections.abc import Mapping, Sequence
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 from ..proto.v1 import inference_pb2
 from ..proto.v1.errors import InvalidRequestError
 from ..proto.v1.tensor_pb2 import Tensor
 from . import asking, tensors
+from .adapters import Adapters, choice, names_of, say
 from .values import ModelInfo, Plan
 
 if TYPE_CHECKING:
@@ -33,6 +35,9 @@ class DescribedModel:
         self._cached_info = info
         self._config: PreTrainedConfig | None = None
         self._generation_config: GenerationConfig | None = None
+        # Chosen by `set_adapter`; None for what the model was loaded with.
+        self._adapters: tuple[str, ...] | None = None
+        self._adapters_are_off = False
 
     @property
     def address(self) -> str:
@@ -217,6 +222,50 @@ class DescribedModel:
             f"model {self.name} can't be dequantized where it is: load the checkpoint without a quantization_config"
         )
 
+    # Its adapters: which of them compute is this handle's own choice
+
+    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Has this handle's requests computed with one adapter, or with several together.
+
+        Others that use the model are not touched. A copy of the handle, and a pickle, take the choice along.
+        """
+        self._adapters = names_of(adapter_name)
+
+    def disable_adapters(self) -> None:
+        """Has this handle's requests computed by the base alone, until `enable_adapters`."""
+        self._adapters_are_off = True
+
+    def enable_adapters(self) -> None:
+        """Ends what `disable_adapters` began."""
+        self._adapters_are_off = False
+
+    def active_adapters(self) -> list[str]:
+        """The adapters that were chosen: by `set_adapter`, or else by the path that the model was loaded from."""
+        return list(self._known().default_adapters if self._adapters is None else self._adapters)
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """The adapters' configs by their names, as peft's objects. Needs peft here."""
+        try:
+            from peft import PeftConfig
+        except ImportError:
+            raise InvalidRequestError("peft_config needs peft here: pip install 'shardlift[adapters]'") from None
+        return {adapter.name: PeftConfig.from_peft_type(**adapter.config) for adapter in self._known().adapters}
+
+    def _choice(self, adapter: Adapters) -> inference_pb2.AdapterChoice | None:
+        """What a request is to say, whose caller passed `adapter`."""
+        if not isinstance(adapter, EllipsisType):
+            return choice(names_of(adapter))
+        return choice(() if self._adapters_are_off else self._adapters)
+
+    def _took(self, info: ModelInfo, *, loaded: str = "", deleted: str = "") -> None:
+        """Notes what became of the model when an adapter was loaded or deleted."""
+        self._cached_info = info
+        if loaded:
+            self._adapters = (loaded,)  # as transformers has it
+        elif self._adapters is not None:
+            self._adapters = tuple(name for name in self._adapters if name != deleted) or None
+
     # What to send
 
     def _wanted(
@@ -228,6 +277,7 @@ class DescribedModel:
         attention_mask: Any,
         seed: int | None,
         past: int = 0,
+        adapters: inference_pb2.AdapterChoice | None = None,
     ) -> Wanted:
         """The request for ids, with everything that `generate` takes and the workers run by themselves."""
         from .collected import Wanted
@@ -240,19 +290,18 @@ class DescribedModel:
         for name in ("output_attentions", "output_hidden_states"):
             if chosen.pop(name, None):
                 raise InvalidRequestError(f"{name} is not available: it stays on the workers")
-        return Wanted(
-            request=asking.request(
-                self.name,
-                input_ids=ids,
-                attention_mask=attention_mask,
-                past=past,
-                generation=chosen,
-                seed=self._seed(seed, chosen),
-                output_logits=with_logits,
-                output_scores=with_scores,
-            ),
-            as_dict=as_dict,
+        request = asking.request(
+            self.name,
+            input_ids=ids,
+            attention_mask=attention_mask,
+            past=past,
+            generation=chosen,
+            seed=self._seed(seed, chosen),
+            output_logits=with_logits,
+            output_scores=with_scores,
         )
+        say(request, adapters)
+        return Wanted(request=request, as_dict=as_dict)
 
     def _streamed(
         self,
@@ -263,9 +312,10 @@ class DescribedModel:
         messages: Sequence[Mapping[str, str]] | None,
         attention_mask: Any,
         seed: int | None,
+        adapters: inference_pb2.AdapterChoice | None,
     ) -> inference_pb2.GenerateRequest:
         """The request of a generation that is read step by step."""
-        return asking.request(
+        request = asking.request(
             self.name,
             input_ids=None if inputs is None else tensors.integers(inputs, "input_ids"),
             prompt=prompt,
@@ -275,6 +325,8 @@ class DescribedModel:
             # Chosen here, it makes the request repeatable after a loss.
             seed=secrets.randbits(63) if seed is None else seed,
         )
+        say(request, adapters)
+        return request
 
     def _is_stepwise(self, generation_config: Any, local: Mapping[str, Any], arguments: Mapping[str, Any]) -> bool:
         """Whether a generation has to be driven from here, as transformers would decide on its mode."""
@@ -347,7 +399,14 @@ class DescribedModel:
     # How it is copied and pickled: by its name, with what its user changed
 
     def _changes(self) -> dict[str, Any]:
-        return {} if self._generation_config is None else {"_generation_config": self._generation_config}
+        changes: dict[str, Any] = {}
+        if self._generation_config is not None:
+            changes["_generation_config"] = self._generation_config
+        if self._adapters is not None:
+            changes["_adapters"] = self._adapters
+        if self._adapters_are_off:
+            changes["_adapters_are_off"] = True
+        return changes
 
 
 # What `GenerationConfig.get_generation_mode` looks at.

@@ -10,6 +10,7 @@ from ..proto.v1 import inference_pb2
 from ..proto.v1.errors import InternalError, InvalidRequestError
 from ..proto.v1.wire import Assembly
 from . import tensors
+from .adapters import say
 from .cache import CacheRecord
 from .gateway import Gateway
 from .session_call import SessionCall
@@ -30,6 +31,7 @@ def request(
     logits_to_keep: int = 0,
     use_cache: bool = False,
     others: Mapping[str, Any] | None = None,
+    adapters: inference_pb2.AdapterChoice | None = None,
 ) -> inference_pb2.ForwardRequest:
     """The request for one pass. `others`: what else a caller passed. Raises InvalidRequestError."""
     for name, value in (others or {}).items():
@@ -50,6 +52,7 @@ def request(
         logits_to_keep=logits_to_keep,
         use_cache=use_cache,
     )
+    say(asked, adapters)
     tensors.check_request_size(asked.input_ids, asked.attention_mask, asked.position_ids)
     return asked
 

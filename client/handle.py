@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import InvalidRequestError
 from . import asking, forward, saving
+from .adapters import DEFAULT_NAME, Adapters, load_request, names_of
 from .described import DescribedModel
 from .forward import RemoteCache
 from .gateway import Gateway
 from .generation import Generation
 from .saving import SaveProgress
-from .values import ModelInfo, StageResidency
+from .values import Adapter, ModelInfo, StageResidency
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     from .session import RemoteSession
 
+# Until every stage has fetched its part of an adapter.
+ADAPTER_TIMEOUT_S = 3600.0
 # Until every stage has let go of its memory.
 UNLOAD_TIMEOUT_S = 300.0
 
@@ -150,6 +153,63 @@ class RemoteModel(DescribedModel):
         """Itself: a resident model is always in evaluation mode."""
         return self
 
+    # Its adapters
+
+    def load_adapter(
+        self,
+        peft_model_id: str | os.PathLike[str],
+        adapter_name: str | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        subfolder: str = "",
+        cache_dir: str | os.PathLike[str] | None = None,
+        adapter_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Attaches an adapter ("org/name", a folder or a URL) to the resident model, by the name "default" if none is
+        given, and has this handle use it. For others it is there to be chosen.
+
+        It is on every stage then, or, where one failed, on none. Raises InvalidRequestError where the name is taken or
+        the adapter doesn't go with the model, UnsupportedModelError for a kind that stages can't have, OutOfMemoryError
+        where it has no room.
+        """
+        request = load_request(
+            self.name,
+            peft_model_id,
+            adapter_name,
+            self.address,
+            revision=revision,
+            token=token,
+            subfolder=subfolder,
+            cache_dir=cache_dir,
+            adapter_kwargs=adapter_kwargs,
+            others=kwargs,
+        )
+        answer = self._gateway.ask("LoadAdapter", request, timeout_s=ADAPTER_TIMEOUT_S)
+        self._took(ModelInfo.from_proto(answer.model), loaded=adapter_name or DEFAULT_NAME)
+
+    def delete_adapter(self, adapter_names: str | Sequence[str]) -> None:
+        """Takes adapters off the resident model, for everybody. Raises ModelBusyError while one is in use."""
+        for name in names_of(adapter_names):
+            request = registry_pb2.DeleteAdapterRequest(model=self.name, name=name)
+            answer = self._gateway.ask("DeleteAdapter", request, timeout_s=ADAPTER_TIMEOUT_S)
+            self._took(ModelInfo.from_proto(answer.model), deleted=name)
+
+    def adapters(self) -> list[Adapter]:
+        """The adapters that are attached to the model now."""
+        return list(self.info().adapters)
+
+    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        known = [adapter.name for adapter in self.adapters()]
+        if unknown := [name for name in names_of(adapter_name) if name not in known]:
+            raise InvalidRequestError(
+                f"model {self.name} has no adapter {unknown[0]!r}; loaded: {', '.join(known) or 'none'}"
+            )
+        super().set_adapter(adapter_name)
+
+    set_adapter.__doc__ = DescribedModel.set_adapter.__doc__
+
     # Running it
 
     def generate(
@@ -161,6 +221,7 @@ class RemoteModel(DescribedModel):
         attention_mask: Any = None,
         streamer: BaseStreamer | None = None,
         seed: int | None = None,
+        adapter: Adapters = ...,
         **kwargs: Any,
     ) -> torch.LongTensor | GenerateOutput:
         """As transformers' `generate`: ids [batch, length] → ids [batch × num_return_sequences, length + new], on CPU.
@@ -173,6 +234,9 @@ class RemoteModel(DescribedModel):
         What they can't, transformers' own loop runs here, a remote pass per step: beam search, assistants and prompt
         lookup, logits processors and stopping criteria of yours, guidance, `past_key_values` of an earlier pass. It
         draws from torch's global generator, as it does for a local model; `seed` sets that for this call alone.
+
+        `adapter` names the adapters to compute with, in place of the handle's own choice: one, several, or None for the
+        base alone.
 
         Raises InvalidRequestError for what can't be sent, such as tensors as values of a GenerationConfig.
         """
@@ -189,9 +253,15 @@ class RemoteModel(DescribedModel):
                 attention_mask=attention_mask,
                 streamer=streamer,
                 seed=seed,
+                adapters=self._choice(adapter),
             )
         wanted = self._wanted(
-            self._ids(inputs, input_ids), generation_config, others, attention_mask=attention_mask, seed=seed
+            self._ids(inputs, input_ids),
+            generation_config,
+            others,
+            attention_mask=attention_mask,
+            seed=seed,
+            adapters=self._choice(adapter),
         )
         from .collected import Collected
 
@@ -215,6 +285,7 @@ class RemoteModel(DescribedModel):
         messages: Sequence[Mapping[str, str]] | None = None,
         attention_mask: Any = None,
         seed: int | None = None,
+        adapter: Adapters = ...,
         **kwargs: Any,
     ) -> Generation:
         """A running generation, to iterate over: each step has `token_ids`, one per row, and `text` for text.
@@ -225,7 +296,9 @@ class RemoteModel(DescribedModel):
         """
         return Generation(
             self._gateway,
-            self._streamed(inputs, generation_config, kwargs, prompt, messages, attention_mask, seed),
+            self._streamed(
+                inputs, generation_config, kwargs, prompt, messages, attention_mask, seed, self._choice(adapter)
+            ),
         )
 
     def stream_text(self, text: str | Sequence[Mapping[str, str]], **kwargs: Any) -> Iterator[str]:
@@ -236,14 +309,15 @@ class RemoteModel(DescribedModel):
                 if step.text:
                     yield step.text
 
-    def session(self, *, idle_timeout_s: float | None = None) -> RemoteSession:
+    def session(self, *, idle_timeout_s: float | None = None, adapter: Adapters = ...) -> RemoteSession:
         """A conversation that keeps its keys and values on the workers from turn to turn.
 
         It ends when it is closed, or nothing has come for `idle_timeout_s` seconds; by default as the model was loaded.
+        It keeps the adapters that it begins with: those of `adapter`, or else what the handle has chosen by now.
         """
         from .session import RemoteSession
 
-        return RemoteSession(self, self._gateway, idle_timeout_s=idle_timeout_s)
+        return RemoteSession(self, self._gateway, idle_timeout_s=idle_timeout_s, adapters=self._choice(adapter))
 
     def forward(
         self,
@@ -254,6 +328,7 @@ class RemoteModel(DescribedModel):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
+        adapter: Adapters = ...,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """One pass: ids [batch, length] → logits [batch, length, vocabulary], in the model's dtype, on CPU.
@@ -276,6 +351,7 @@ class RemoteModel(DescribedModel):
             logits_to_keep=logits_to_keep,
             use_cache=cached,
             others=kwargs,
+            adapters=self._choice(adapter),
         )
         if not cached:
             return forward.output(forward.once(self._gateway, asked), None, return_dict)

@@ -81,6 +81,26 @@ def source(
     )
 
 
+def adapter_source(adapter_kwargs: Mapping[str, Any] | None) -> registry_pb2.ModelSource:
+    """What `adapter_kwargs` say of where an adapter is. Raises InvalidRequestError for what can't be meant."""
+    said = dict(adapter_kwargs or {})
+    token = said.pop("token", None)
+    values = {name: said.pop(name, None) or "" for name in ("revision", "subfolder", "cache_dir")}
+    if unknown := sorted(name for name, value in said.items() if value is not None and value is not False):
+        raise InvalidRequestError(
+            f"adapter_kwargs {', '.join(unknown)} can't be sent to the gateway: revision, subfolder, token and "
+            "cache_dir can"
+        )
+    if values["cache_dir"]:
+        values["cache_dir"] = os.path.abspath(os.fspath(values["cache_dir"]))
+    return registry_pb2.ModelSource(
+        token=token if isinstance(token, str) else "",
+        revision=values["revision"],
+        subfolder=values["subfolder"],
+        cache_dir=values["cache_dir"],
+    )
+
+
 def load_options(
     *,
     config: Any = None,
@@ -109,8 +129,6 @@ def load_options(
 
     Raises InvalidRequestError for what can't be meant or sent.
     """
-    if adapter_kwargs:
-        raise InvalidRequestError("adapter_kwargs can't be sent to the gateway: name the adapter by its path alone")
     if (old_dtype := kwargs.pop("torch_dtype", None)) is not None:
         warnings.warn("`torch_dtype` is deprecated: use `dtype`", FutureWarning, stacklevel=outside_level())
         dtype = old_dtype if dtype in ("auto", None) else dtype
@@ -133,6 +151,8 @@ def load_options(
         idle_timeout_s=_seconds(idle_timeout_s, "idle_timeout_s"),
         without_batching=not batching,
     )
+    if adapter_kwargs:
+        options.adapter.CopyFrom(adapter_source(adapter_kwargs))
     quantization = _quantization(quantization_config, kwargs)
     if quantization is not None:
         options.quantization_config_json = to_json(quantization, "quantization_config")

@@ -74,6 +74,8 @@ def show_model(info: ModelInfo) -> None:
     _print(table)
     if info.reason:
         print(info.reason)
+    for adapter in info.adapters:
+        print(f"adapter {adapter.name}: {adapter.kind} from {adapter.path}, {size(adapter.bytes)}")
     for line in [*load_summary(info), *kv_room(info.plan), *recovery_summary(info)]:
         print(line)
 

@@ -32,8 +32,16 @@ class RemoteSession:
     Shapes: R rows, N new ids, L ids so far.
     """
 
-    def __init__(self, model: DescribedModel, gateway: Gateway, *, idle_timeout_s: float | None = None) -> None:
+    def __init__(
+        self,
+        model: DescribedModel,
+        gateway: Gateway,
+        *,
+        idle_timeout_s: float | None = None,
+        adapters: inference_pb2.AdapterChoice | None = None,
+    ) -> None:
         self._model = model
+        self._adapters = adapters
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread whose turn it is
         self._tokens = torch.empty((0, 0), dtype=torch.long)
@@ -146,6 +154,7 @@ class RemoteSession:
                 # What was not cached yet comes before them.
                 logits_to_keep=turn.new.shape[1] or turn.sent.shape[1],
                 use_cache=True,
+                adapters=self._adapters,
             )
             action = self._action(turn)
             action.forward.CopyFrom(asked)
@@ -174,6 +183,11 @@ class RemoteSession:
                 self._owner = None
 
     def _wanted(self, turn: _Turn, generation_config: Any, kwargs: dict[str, Any], seed: int | None) -> Wanted:
+        if "adapter" in kwargs:
+            raise InvalidRequestError(
+                "a session keeps the adapters that it began with, as its keys and values were made with them: name "
+                "them when it begins, model.session(adapter=…), or begin another"
+            )
         local, others = asking.split(kwargs)
         if self._model._is_stepwise(generation_config, local, others):
             raise InvalidRequestError(
@@ -189,6 +203,7 @@ class RemoteSession:
             attention_mask=turn.mask,
             seed=seed,
             past=turn.cached,
+            adapters=self._adapters,
         )
 
     def _request_of_new(self, wanted: Wanted, turn: _Turn) -> inference_pb2.GenerateRequest:

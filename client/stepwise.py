@@ -19,6 +19,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..proto.v1 import inference_pb2
 from ..proto.v1.errors import InvalidRequestError
 from ..proto.v1.tensor_pb2 import Tensor
 from . import asking, forward, tensors
@@ -68,6 +69,7 @@ def generate_stepwise(
     streamer: BaseStreamer | None,
     seed: int | None,
     stop: Stop | None = None,
+    adapters: inference_pb2.AdapterChoice | None = None,
 ) -> Any:
     """What transformers' `generate` returns for these arguments, and raises.
 
@@ -87,8 +89,9 @@ def generate_stepwise(
             remote = getattr(assistant, "_gateway", None)
             if not isinstance(remote, Gateway):
                 raise InvalidRequestError("a remote assistant_model has to be a handle of the blocking client")
-            arguments["assistant_model"] = closing.enter_context(_opened(assistant, remote, stop or Stop()))
-        local = closing.enter_context(_opened(model, gateway, stop or Stop()))
+            own = assistant._choice(...)
+            arguments["assistant_model"] = closing.enter_context(_opened(assistant, remote, stop or Stop(), own))
+        local = closing.enter_context(_opened(model, gateway, stop or Stop(), adapters))
         if seed is not None:
             closing.enter_context(torch.random.fork_rng(devices=[]))
             torch.manual_seed(seed % (1 << 64))
@@ -105,7 +108,9 @@ def generate_stepwise(
 class _Stepwise:
     """What replaces a family's own forward and weights. A base beside the family's class."""
 
-    def __init__(self, model: DescribedModel, gateway: Gateway, stop: Stop) -> None:
+    def __init__(
+        self, model: DescribedModel, gateway: Gateway, stop: Stop, adapters: inference_pb2.AdapterChoice | None
+    ) -> None:
         # Not the family's own: that would build its layers, and look for the kernels of its attention.
         torch.nn.Module.__init__(self)  # type: ignore[arg-type]
         # Not annotated in the class: transformers would read that as the family's own.
@@ -115,6 +120,7 @@ class _Stepwise:
         self._remote_dtype = model.dtype
         self._gateway = gateway
         self._stop = stop
+        self._remote_adapters = adapters
         self._opened: list[RemoteCache] = []
 
     @property
@@ -187,6 +193,7 @@ class _Stepwise:
             logits_to_keep=int(logits_to_keep or 0),
             use_cache=cached,
             others=kwargs,
+            adapters=self._remote_adapters,
         )
         if not cached:
             return CausalLMOutputWithPast(logits=tensors.to_torch(forward.once(self._gateway, asked)))
@@ -195,9 +202,11 @@ class _Stepwise:
 
 
 @contextlib.contextmanager
-def _opened(model: DescribedModel, gateway: Gateway, stop: Stop) -> Iterator[Any]:
+def _opened(
+    model: DescribedModel, gateway: Gateway, stop: Stop, adapters: inference_pb2.AdapterChoice | None
+) -> Iterator[Any]:
     config: Any = model.config
-    local = _class_for(config.__class__)(model, gateway, stop)
+    local = _class_for(config.__class__)(model, gateway, stop, adapters)
     try:
         yield local
     finally:

@@ -238,10 +238,50 @@ class StageResidency:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """An adapter on a resident model. kind: "LORA", "IA3", … stage_bytes: what it takes of each stage's device, as
+    measured. commit: as its workers have read it. config: its adapter_config.json."""
+
+    name: str
+    path: str
+    commit: str
+    kind: str
+    stage_bytes: tuple[int, ...]
+    config: dict[str, Any]
+
+    @classmethod
+    def from_proto(cls, adapter: registry_pb2.Adapter) -> Adapter:
+        return cls(
+            name=adapter.name,
+            path=adapter.path,
+            commit=adapter.commit,
+            kind=adapter.kind,
+            stage_bytes=tuple(adapter.stage_bytes),
+            config=json.loads(adapter.config_json or "{}"),
+        )
+
+    @property
+    def bytes(self) -> int:
+        """On all devices together."""
+        return sum(self.stage_bytes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "path": self.path,
+            "commit": self.commit,
+            "kind": self.kind,
+            "bytes": self.bytes,
+            "stage_bytes": list(self.stage_bytes),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """One model in the registry. `state` is "loading", "ready", "recovering", "unavailable" or "unloading".
 
-    recoveries: how often lost stages were brought back. recovery_seconds: how long that took the last time.
+    recoveries: how often lost stages were brought back. recovery_seconds: how long that took the last time. adapters:
+    those that are attached. default_adapters: what computes where a request doesn't say.
     """
 
     name: str
@@ -259,6 +299,8 @@ class ModelInfo:
     # As transformers counts a model's footprint; None until it has been measured.
     parameter_bytes: int | None = None
     buffer_bytes: int = 0
+    adapters: tuple[Adapter, ...] = ()
+    default_adapters: tuple[str, ...] = ()
 
     @classmethod
     def from_proto(cls, info: registry_pb2.ModelInfo) -> ModelInfo:
@@ -278,6 +320,8 @@ class ModelInfo:
             quantization_config_json=info.quantization_config_json,
             parameter_bytes=info.footprint.parameter_bytes if info.HasField("footprint") else None,
             buffer_bytes=info.footprint.buffer_bytes,
+            adapters=tuple(Adapter.from_proto(adapter) for adapter in info.adapters),
+            default_adapters=tuple(info.default_adapters),
         )
 
     @property
@@ -317,6 +361,8 @@ class ModelInfo:
         values["load_seconds"] = self.load_seconds
         values["recoveries"] = self.recoveries
         values["recovery_seconds"] = self.recovery_seconds
+        values["adapters"] = [adapter.to_dict() for adapter in self.adapters]
+        values["default_adapters"] = list(self.default_adapters)
         values["commit"] = self.plan.commit
         values["dtype"] = self.plan.dtype
         values["reason"] = self.reason

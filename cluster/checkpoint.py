@@ -106,9 +106,9 @@ def read_checkpoint(request: CheckpointRequest, token: HubToken) -> Checkpoint:
     source = open_source(spec, token)
     try:
         config = _read_config(source, request.path)
-        generation_config = _read_json(source, "generation_config.json", required=False)
+        generation_config = read_json(source, "generation_config.json", required=False)
         files = _weight_files(source, request)
-        records, versions = _read_headers(source, files)
+        records, versions = read_headers(source, files)
     finally:
         source.close()
     return Checkpoint(
@@ -118,18 +118,18 @@ def read_checkpoint(request: CheckpointRequest, token: HubToken) -> Checkpoint:
 
 def _read_config(source: Source, path: str) -> Mapping[str, Any]:
     try:
-        config = _read_json(source, "config.json", required=True)
+        config = read_json(source, "config.json", required=True)
     except CheckpointNotFoundError as error:
         if exists(source, "adapter_config.json"):
             raise UnsupportedModelError(
-                f"{path} is an adapter; load its base model (adapters can't be loaded yet)"
+                f"{path} is an adapter, and no model to attach one to; load its base model"
             ) from None
         raise CheckpointNotFoundError(f"{path} has no config.json: {error}") from None
     assert config is not None
     return config
 
 
-def _read_json(
+def read_json(
     source: Source, file: str, *, required: bool, limit_bytes: int = _JSON_LIMIT_BYTES
 ) -> dict[str, Any] | None:
     try:
@@ -162,7 +162,7 @@ def _weight_files(source: Source, request: CheckpointRequest) -> list[str]:
     single, index = f"model{dotted}.safetensors", f"model.safetensors.index{dotted}.json"
     if exists(source, single):
         return [single]
-    listing = _read_json(source, index, required=False, limit_bytes=_INDEX_LIMIT_BYTES)
+    listing = read_json(source, index, required=False, limit_bytes=_INDEX_LIMIT_BYTES)
     if listing is not None:
         return _indexed_files(listing, index, ".safetensors", "safetensors file")
     for pickled in _pickled_names(request):
@@ -196,7 +196,7 @@ def pickled_files(source: Source, request: CheckpointRequest) -> tuple[str, list
         raise InvalidRequestError(f"{request.path} has safetensors: load it as it is, there is nothing to convert")
     if exists(source, single):
         return "", [single]
-    listing = _read_json(source, index, required=False)
+    listing = read_json(source, index, required=False)
     if listing is None:
         raise CheckpointNotFoundError(f"{request.path} has neither {single} nor {index}: there is nothing to convert")
     return index, _indexed_files(listing, index, ".bin", "file of torch's")
@@ -209,10 +209,13 @@ def _indexed_files(listing: Mapping[str, Any], index: str, suffix: str, kind: st
     for file in weight_map.values():
         if not isinstance(file, str) or not file.endswith(suffix) or "/" in file or "\\" in file:
             raise CorruptCheckpointError(f"{index} names {str(file)[:80]!r}, which is no {kind} beside it")
-    return sorted(set(weight_map.values()))
+    files = sorted(set(weight_map.values()))
+    if len(files) > _MOST_FILES:
+        raise CorruptCheckpointError(f"{index} names {len(files):,} files; at most {_MOST_FILES:,} are read")
+    return files
 
 
-def _read_headers(source: Source, files: list[str]) -> tuple[dict[str, TensorRecord], dict[str, FileVersion]]:
+def read_headers(source: Source, files: list[str]) -> tuple[dict[str, TensorRecord], dict[str, FileVersion]]:
     records: dict[str, TensorRecord] = {}
     versions: dict[str, FileVersion] = {}
     with ThreadPoolExecutor(max_workers=min(_CONNECTIONS, len(files)), thread_name_prefix="headers") as pool:

@@ -149,6 +149,27 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
             return await _abort(context, error)
         return registry_pb2.UnloadModelResponse()
 
+    async def LoadAdapter(
+        self, request: registry_pb2.LoadAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> registry_pb2.LoadAdapterResponse:
+        try:
+            limits.check_source(request.source)
+            limits.check_model(request.model)
+            return registry_pb2.LoadAdapterResponse(model=await self._registry.load_adapter(request))
+        except Exception as error:
+            return await _abort(context, error)
+
+    async def DeleteAdapter(
+        self, request: registry_pb2.DeleteAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> registry_pb2.DeleteAdapterResponse:
+        try:
+            limits.check_model(request.model)
+            return registry_pb2.DeleteAdapterResponse(
+                model=await self._registry.delete_adapter(request.model, request.name)
+            )
+        except Exception as error:
+            return await _abort(context, error)
+
     async def ListCachedParts(
         self, request: registry_pb2.ListCachedPartsRequest, context: grpc.aio.ServicerContext
     ) -> registry_pb2.ListCachedPartsResponse:
@@ -170,6 +191,7 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
     ) -> AsyncIterator[saving_pb2.SaveModelResponse]:
         events = saving.save(self._registry, request)
         try:
+            limits.check_save(readable(request))
             async for event in events:
                 yield event
         except Exception as error:

@@ -14,7 +14,7 @@ from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import ModelUnavailableError, ShardliftError, WorkerDiedError, one_line
 from ..proto.v1.wire import FRAME_BYTES
 from ..worker.records import HubToken, SourceSpec
-from ..worker.spec import LoadReport, StageSpec
+from ..worker.spec import LoadReport, ModuleBytes, StageSpec
 from .pace import Pace
 from .placement import call
 from .tokenizer import Tokenizer
@@ -139,11 +139,11 @@ def footprint(reports: Sequence[LoadReport]) -> registry_pb2.Footprint:
     )
 
 
-def residency(index: int, report: LoadReport) -> registry_pb2.StageResidency:
-    """What a worker measured, as it goes over the wire."""
+def residency(index: int, report: LoadReport, more: Sequence[ModuleBytes] = ()) -> registry_pb2.StageResidency:
+    """What a worker measured, as it goes over the wire; with `more` modules, which came after its load."""
     return registry_pb2.StageResidency(
         stage=index,
-        measured_bytes=report.measured_bytes,
+        measured_bytes=report.measured_bytes + sum(module.size_bytes for module in more),
         fetched_bytes=report.fetched_bytes,
         load=registry_pb2.StageLoad(
             seconds=report.seconds,
@@ -160,7 +160,7 @@ def residency(index: int, report: LoadReport) -> registry_pb2.StageResidency:
             registry_pb2.ModuleResidency(
                 module=module.module, dtype=module.dtype, bytes=module.size_bytes, device=module.device
             )
-            for module in report.modules
+            for module in (*report.modules, *more)
         ],
     )
 

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..proto.v1 import registry_pb2
+from ..proto.v1 import inference_pb2, registry_pb2
 from ..proto.v1.errors import (
+    InvalidRequestError,
     LoadCancelledError,
+    ModelBusyError,
     ModelNameTakenError,
     ModelNotFoundError,
     ModelUnavailableError,
     WorkerDiedError,
     one_line,
 )
+from ..worker.adapter_spec import AttachedAdapter
+from ..worker.adapters import check_adapter_name
 from ..worker.records import SourceSpec
 from ..worker.spec import LoadReport, StageSpec
-from . import loads, requests
+from . import adapters, loads, requests
+from .adapter_room import kv_tokens_beside
+from .adapters import OutlinedPath
 from .gateway_options import GatewayOptions
 from .placement import Placement, Seat, call, find_placements, kill, place, place_again
-from .planning import OutlinedModel, PlannedModel, outline_model
+from .planning import OutlinedModel, PlannedModel
 from .resident import Resident
 from .route import Route
 from .seen_speeds import SeenSpeeds
@@ -61,6 +69,11 @@ class Entry:
     # The first try of a recovery, for those who wait for it.
     attempt: asyncio.Future[None] | None = None
     is_listened_to: bool = True
+    # How many calls and sessions compute with each adapter.
+    adapter_uses: Counter[str] = field(default_factory=Counter)
+    # One change of the adapters at a time.
+    adapting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    changes: set[asyncio.Task[None]] = field(default_factory=set)
 
     @property
     def route(self) -> Route | None:
@@ -139,6 +152,103 @@ class Registry:
             self._suspect(entry)
         return await self.ready_route(name)
 
+    # -- adapters --------------------------------------------------------------------------------------------------
+
+    def adapters(self, name: str, choice: inference_pb2.AdapterChoice | None) -> tuple[str, ...]:
+        """The adapters that a request to the model means: those of its `choice`, or the model's own.
+
+        Raises ModelNotFoundError, ModelUnavailableError, and InvalidRequestError for one that isn't there.
+        """
+        entry = self._entry(name)
+        if choice is None or not choice.names:
+            return tuple(entry.info.default_adapters) if choice is None else ()
+        if entry.resident is None:
+            self.route(name)  # says why
+        known = [adapter.name for adapter in entry.info.adapters]
+        if unknown := [each for each in choice.names if each not in known]:
+            raise InvalidRequestError(
+                f"model {name} has no adapter {unknown[0]!r}; loaded: {', '.join(known) or 'none'}"
+            )
+        return tuple(choice.names)
+
+    @contextlib.contextmanager
+    def using(self, name: str, adapters: Sequence[str]) -> Iterator[None]:
+        """Within it, these adapters of the model can't be deleted."""
+        uses = self._entry(name).adapter_uses
+        uses.update(adapters)
+        try:
+            yield
+        finally:
+            uses.subtract(adapters)
+
+    async def load_adapter(self, request: registry_pb2.LoadAdapterRequest) -> registry_pb2.ModelInfo:
+        """Attaches an adapter to a resident model; to all of its stages, or to none.
+
+        Where nobody waits for it any more, it is taken off again.
+        """
+        name = check_adapter_name(request.name or adapters.DEFAULT_NAME)
+        entry = self._entry(request.model)
+        await self.ready_route(request.model)
+        is_wanted = [True]
+        change = asyncio.create_task(self._attach(entry, name, request.source, is_wanted))
+        await self._watched(entry, change, is_wanted)
+        return entry.info
+
+    async def _watched(self, entry: Entry, change: asyncio.Task[None], is_wanted: list[bool]) -> None:
+        """Waits for `change`, which goes on to its end whatever becomes of this."""
+        entry.changes.add(change)
+        change.add_done_callback(entry.changes.discard)
+        try:
+            await asyncio.shield(change)
+        except asyncio.CancelledError:
+            if change.cancelled():
+                raise ModelUnavailableError(f"model {entry.info.name} was unloaded") from None
+            is_wanted[0] = False
+            change.add_done_callback(lambda done: done.cancelled() or done.exception())
+            raise
+
+    async def _attach(
+        self, entry: Entry, name: str, source: registry_pb2.ModelSource, is_wanted: Sequence[bool]
+    ) -> None:
+        resident = entry.resident
+        assert resident is not None
+        async with entry.adapting:
+            if name in resident.adapters:
+                raise InvalidRequestError(
+                    f"model {entry.info.name} has an adapter {name!r} already: delete it, or choose another name"
+                )
+            token = requests.access_token(source)
+            outlined = await asyncio.to_thread(adapters.outline, name, source, token, resident.base)
+            try:
+                await resident.attach(outlined, token)
+            except WorkerDiedError as error:
+                self._suspect(entry)
+                raise ModelUnavailableError(
+                    f"adapter {name} isn't attached, load it again: {one_line(error)}"
+                ) from None
+            if not is_wanted[0]:
+                await resident.detach(name)
+
+    async def delete_adapter(self, model: str, name: str) -> registry_pb2.ModelInfo:
+        """Takes an adapter off. Raises ModelBusyError while requests or sessions compute with it."""
+        entry = self._entry(model)
+        await self.ready_route(model)
+        change = asyncio.create_task(self._detach(entry, name))
+        await self._watched(entry, change, [True])
+        return entry.info
+
+    async def _detach(self, entry: Entry, name: str) -> None:
+        resident = entry.resident
+        assert resident is not None
+        async with entry.adapting:
+            self.adapters(entry.info.name, inference_pb2.AdapterChoice(names=[name]))
+            if uses := entry.adapter_uses[name]:
+                raise ModelBusyError(
+                    f"adapter {name} of model {entry.info.name} is in use by {uses} requests or sessions: delete it "
+                    "when they have ended"
+                )
+            await resident.detach(name)
+
     # -- recovery --------------------------------------------------------------------------------------------------
 
     def _suspect(self, entry: Entry) -> None:
@@ -197,7 +307,7 @@ class Registry:
 
     async def plan(self, source: registry_pb2.ModelSource, options: registry_pb2.LoadOptions) -> registry_pb2.Plan:
         requests.check_remote_code(source, allowed=self._options.allow_remote_code)
-        outlined = await _outline(source, options)
+        outlined = (await _outline(source, options)).model
         speeds = requests.given_speeds(options, self._speeds.of(outlined.checkpoint.source))
         async with self._placing:  # both may hold GPUs for a moment, to learn which are free
             return (await self._spread(outlined, options)).plan.to_message(speeds)
@@ -245,7 +355,6 @@ class Registry:
     ) -> None:
         started = time.monotonic()
         name, placement, info = entry.info.name, entry.placement, entry.info
-        token = requests.access_token(request.source)
         transfer = requests.transfer_options(request.options)
         serving = requests.serving_options(request.options)
         secret = secrets.token_urlsafe(32)
@@ -257,7 +366,12 @@ class Registry:
             if progress.done or events.qsize() < _MAX_WAITING_EVENTS:
                 tell(progress=progress)
 
-        outlined = await _outline(request.source, request.options)
+        path = await _outline(request.source, request.options)
+        outlined, adapter = path.model, path.adapter
+        request = registry_pb2.LoadModelRequest(name=name, source=path.base, options=request.options)
+        if request.options.HasField("adapter"):
+            request.options.adapter.ClearField("token")  # they are kept, and tokens aren't
+        token = requests.access_token(path.base)
         entry.source = outlined.checkpoint.source
         info.config_json = json.dumps(dict(outlined.config))
         info.generation_config_json = json.dumps(outlined.checkpoint.generation_config or {})
@@ -268,6 +382,9 @@ class Registry:
             planned = await self._spread(outlined, request.options)
             speeds = requests.given_speeds(request.options, self._speeds.of(entry.source))
             info.plan.CopyFrom(planned.plan.to_message(speeds))
+            if adapter is not None:
+                sizes = [adapter.outline.bytes_of(cut) for cut in adapters.cuts_of(info.plan)]
+                kv_tokens_beside(info.plan.stages, sizes, adapter.spec.name)
             tell(planned=info.plan)
             specs = planned.specs(name, placement.load_id, secret, transfer, serving, self._options.stage_tls)
             info.quantization_config_json = json.dumps(dict(specs[0].quantization)) if specs[0].quantization else ""
@@ -290,6 +407,10 @@ class Registry:
         info.residency.extend(loads.residency(index, report) for index, report in enumerate(reports))
         info.footprint.CopyFrom(loads.footprint(reports))
         self._speeds.learn(entry.source, [stage.device for stage in planned.plan.stages], reports)
+        if adapter is not None:
+            assert path.adapter_source is not None
+            await resident.attach(adapter, requests.access_token(path.adapter_source))
+            info.default_adapters.append(adapter.spec.name)
         info.load_seconds = time.monotonic() - started
         # The workers first: ready is what a restarted controller would find ready.
         await resident.keep_card()
@@ -320,7 +441,7 @@ class Registry:
 
     async def _free(self, entry: Entry) -> None:
         self._set_state(entry, registry_pb2.MODEL_STATE_UNLOADING)
-        tasks = [task for task in (entry.load, entry.recovering) if task is not None]
+        tasks = [task for task in (entry.load, entry.recovering, *entry.changes) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -365,6 +486,7 @@ class Registry:
         assert resident is not None
         self._entries[entry.info.name] = entry
         try:
+            await resident.settle_adapters()
             await resident.connect()
         except Exception as error:
             logger.warning("model %s is not well: %s", entry.info.name, one_line(error))
@@ -406,6 +528,8 @@ class Registry:
         request = registry_pb2.LoadModelRequest(name=card.info.name, source=card.source, options=card.options)
         token = requests.access_token(card.source)
         resident = Resident(card.info, request, token, placement, reports, specs)
+        attached = [AttachedAdapter.from_json(json.loads(text)) for text in card.adapters_json]
+        resident.adapters = {each.spec.name: each for each in attached}
         return Entry(info=card.info, placement=placement, source=some.source, resident=resident)
 
 
@@ -425,9 +549,5 @@ def _settle(attempt: asyncio.Future[None], error: Exception | None) -> None:
         attempt.exception()  # seen, even where nobody waits
 
 
-async def _outline(source: registry_pb2.ModelSource, options: registry_pb2.LoadOptions) -> OutlinedModel:
-    return await asyncio.to_thread(
-        lambda: outline_model(
-            requests.checkpoint_request(source), requests.access_token(source), requests.model_options(options)
-        )
-    )
+async def _outline(source: registry_pb2.ModelSource, options: registry_pb2.LoadOptions) -> OutlinedPath:
+    return await asyncio.to_thread(adapters.outline_path, source, options)

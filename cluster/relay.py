@@ -8,9 +8,10 @@ computed anew. The client sees a pause.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -87,8 +88,15 @@ async def generate(
     if not request.HasField("seed"):
         # Whoever goes on with it must draw the same numbers.
         request.seed = secrets.randbits(63)
+    adapters = registry.adapters(request.model, request.adapters if request.HasField("adapters") else None)
+    _say(request, adapters)
+    with registry.using(request.model, adapters):
+        async for response in _generate(_Way(registry, request.model, context), request):
+            yield response
+
+
+async def _generate(way: _Way, request: inference_pb2.GenerateRequest) -> AsyncIterator[inference_pb2.GenerateResponse]:
     steps = _given(request)
-    way = _Way(registry, request.model, context)
     is_accepted = False
     while True:
         route = await way.route()
@@ -144,6 +152,15 @@ def _given(request: inference_pb2.GenerateRequest) -> list[list[int]]:
     return tokens
 
 
+def _say(
+    request: inference_pb2.GenerateRequest | inference_pb2.ForwardRequest | inference_pb2.SessionRequest,
+    adapters: Sequence[str],
+) -> None:
+    """Has `request` name its adapters, be it none."""
+    request.adapters.SetInParent()
+    request.adapters.names[:] = adapters
+
+
 class SessionRelay:
     """One session. Actions are taken one after another; `close` ends it."""
 
@@ -151,15 +168,21 @@ class SessionRelay:
         self, registry: Registry, model: str, context: grpc.aio.ServicerContext, idle_timeout_s: float = 0.0
     ) -> None:
         self._way = _Way(registry, model, context)
+        self._registry = registry
+        self._model = model
         self._idle_timeout_s = idle_timeout_s
         self._history = History()
         self._call: Any = None
+        # What the session computes with; None before its first action.
+        self._adapters: tuple[str, ...] | None = None
+        self._uses = contextlib.ExitStack()
 
     @property
     def length(self) -> int:
         return self._history.length
 
     async def close(self) -> None:
+        self._uses.close()
         if self._call is not None:
             self._call.cancel()
 
@@ -185,6 +208,7 @@ class SessionRelay:
         """The answers to one action, `done` the last; each once, whatever happens to the stages."""
         if request.HasField("generate") and not request.generate.HasField("seed"):
             request.generate.seed = secrets.randbits(63)
+        self._choose(request)
         steps = _given(request.generate)
         told, rows = 0, 0
         while True:
@@ -231,10 +255,25 @@ class SessionRelay:
             self._call = route.stub.Session(**self._way.options(route))
             for past in self._history.replay():
                 action = inference_pb2.SessionRequest(forward=past, idle_timeout_s=self._idle_timeout_s)
+                _say(action, self._adapters or ())
                 await self._call.write(action)
                 async for _ in _answers(self._call):
                     pass
         return self._call
+
+    def _choose(self, request: inference_pb2.SessionRequest) -> None:
+        """Makes `request` say which adapters it means; they are in use until the session ends."""
+        action = getattr(request, request.WhichOneof("action") or "forward")
+        choice = next((each.adapters for each in (action, request) if each.HasField("adapters")), None)
+        names = self._adapters
+        if names is None or choice is not None:
+            names = self._registry.adapters(self._model, choice)
+        if names != self._adapters:
+            self._uses.enter_context(self._registry.using(self._model, names))
+            self._adapters = names
+        if request.WhichOneof("action") is not None:
+            action.ClearField("adapters")
+        _say(request, names)
 
     def _remember(self, request: inference_pb2.SessionRequest, rows: int, steps: list[list[int]]) -> None:
         if request.HasField("keep"):
@@ -296,8 +335,11 @@ async def forward(
                     f"this session keeps {session.length} tokens: its passes need use_cache, too; open another call"
                 )
             else:
-                async for response in _once(way, request):
-                    yield response
+                adapters = registry.adapters(first.model, request.adapters if request.HasField("adapters") else None)
+                _say(request, adapters)
+                with registry.using(first.model, adapters):
+                    async for response in _once(way, request):
+                        yield response
             request = await session.next_of(later)
     finally:
         await session.close()

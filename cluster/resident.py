@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,12 +14,15 @@ from ray.exceptions import RayError
 from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import ModelUnavailableError, OutOfMemoryError, ShardliftError, WorkerDiedError, one_line
 from ..proto.v1.tls import TLS
+from ..worker.adapter_spec import AttachedAdapter
 from ..worker.anatomy import Cut
 from ..worker.records import HubToken, SourceSpec
 from ..worker.service import SECRET_HEADER
-from ..worker.spec import LoadReport, StageSpec
+from ..worker.spec import LoadReport, ModuleBytes, StageSpec
 from ..worker.tokenizer import tokenizer_files
 from . import loads, requests
+from .adapter_room import added, kv_tokens_beside
+from .adapters import BaseModel, OutlinedAdapter, cuts_of
 from .devices import gpus_or_all
 from .placement import Placement, call, end_process, is_there, kill, place_again, place_elsewhere, silent_nodes
 from .plan import PlannedStage
@@ -55,6 +60,9 @@ class Resident:
         # None for a stage that is lost.
         self._reports = list(reports)
         self._specs = list(specs)
+        self.adapters: dict[str, AttachedAdapter] = {}
+        # Their Hub tokens, where they came with one.
+        self._adapter_tokens: dict[str, HubToken] = {}
         self._outlined: OutlinedModel | None = None
         self._card = b""
         self._vigil: Vigil | None = None
@@ -119,6 +127,7 @@ class Resident:
             source=source,
             options=self._request.options,
             seats=[seat.message() for seat in self.placement.seats],
+            adapters_json=[json.dumps(attached.to_json()) for attached in self.adapters.values()],
         ).SerializeToString()
         await asyncio.gather(
             *(call(worker.set_card.remote(self._card), "a stage") for worker in self.placement.workers)
@@ -148,6 +157,149 @@ class Resident:
             raise ModelUnavailableError(f"stages {lost} of {len(self._reports)} are lost")
         return found
 
+    # -- adapters --------------------------------------------------------------------------------------------------
+
+    @property
+    def base(self) -> BaseModel:
+        """What adapters are injected into."""
+        spec = self._specs[0]
+        return BaseModel(
+            config=spec.config,
+            dtype=spec.dtype,
+            attn_implementation=spec.attn_implementation,
+            quantize_experts=spec.quantize_experts,
+            source=spec.source,
+            anatomy=spec.anatomy,
+            code=spec.code,
+        )
+
+    @property
+    def cuts(self) -> list[Cut]:
+        return cuts_of(self.info.plan)
+
+    async def attach(self, adapter: OutlinedAdapter, token: HubToken) -> None:
+        """Attaches an adapter on every stage, or where one fails on none.
+
+        Raises OutOfMemoryError before anything is fetched where it has no room, and what a stage has failed with.
+        """
+        name, workers = adapter.spec.name, list(self.placement.workers)
+        predicted = [adapter.outline.bytes_of(cut) for cut in self.cuts]
+        await self._limit_tokens([predicted], name)
+        spec = adapter.spec.to_json()
+        try:
+            results = await asyncio.gather(
+                *(
+                    call(worker.load_adapter.remote(spec, token), f"stage {index}")
+                    for index, worker in enumerate(workers)
+                ),
+                return_exceptions=True,
+            )
+            stages: list[tuple[ModuleBytes, ...]] = []
+            for result in results:
+                if isinstance(result, BaseException):
+                    raise result
+                stages.append(tuple(result))
+            if any(now is not then for now, then in zip(self.placement.workers, workers, strict=True)):
+                raise ModelUnavailableError(f"a stage was lost while adapter {name} was attached: load it again")
+            attached = AttachedAdapter(spec=adapter.spec, stages=tuple(stages))
+            await self._limit_tokens([attached.stage_bytes], name)
+        except BaseException:
+            await self._take_off(name)
+            await self._limit_tokens([], name)
+            raise
+        self.adapters[name] = attached
+        self._adapter_tokens[name] = token
+        self.tell_adapters()
+        await self._try_keep_card()
+
+    async def detach(self, name: str) -> None:
+        """Takes an adapter off every stage; one that is lost meanwhile comes back without it."""
+        del self.adapters[name]
+        self._adapter_tokens.pop(name, None)
+        self.tell_adapters()
+        # First of all: a new controller must not take it for one that is there.
+        await self._try_keep_card()
+        await self._take_off(name)
+        await self._limit_tokens([], name)
+
+    async def settle_adapters(self) -> None:
+        """After a controller has ended: takes off what the stages have, and no card tells of."""
+        for worker in self.placement.workers:
+            if worker is None:
+                continue
+            with contextlib.suppress(WorkerDiedError):  # it comes back with what it should have
+                for name in await call(worker.adapters.remote(), "a stage"):
+                    if name not in self.adapters:
+                        await call(worker.delete_adapter.remote(name), "a stage")
+
+    def tell_adapters(self) -> None:
+        """Brings `info` up to date: which adapters there are, and what the stages hold with them."""
+        info = self.info
+        del info.adapters[:]
+        for attached in self.adapters.values():
+            spec = attached.spec
+            info.adapters.add(
+                name=spec.name,
+                path=spec.path,
+                commit=spec.source.commit,
+                kind=spec.kind,
+                config_json=json.dumps(dict(spec.config)),
+                stage_bytes=attached.stage_bytes,
+            )
+        kept = [name for name in info.default_adapters if name in self.adapters]
+        del info.default_adapters[:]
+        info.default_adapters.extend(kept)
+        for index, report in enumerate(self._reports):
+            if report is not None:
+                modules = [module for attached in self.adapters.values() for module in attached.stages[index]]
+                info.residency[index].CopyFrom(loads.residency(index, report, modules))
+        info.plan.kv_tokens = self._kv_tokens([], "")
+
+    def _kv_tokens(self, more: Sequence[Sequence[int]], name: str) -> int:
+        sizes = [*(attached.stage_bytes for attached in self.adapters.values()), *more]
+        stages = self.info.plan.stages
+        return kv_tokens_beside(stages, added(sizes, len(stages)), name)
+
+    async def _limit_tokens(self, more: Sequence[Sequence[int]], name: str) -> None:
+        """Has the last stage let in what there is room for beside the adapters, and `more` of them."""
+        tokens = self._kv_tokens(more, name)
+        try:
+            await call(self.placement.workers[-1].limit_tokens.remote(tokens), "the last stage")
+        except WorkerDiedError:
+            if more:
+                raise
+            logger.info("model %s has lost its last stage, which will learn its limit anew", self.info.name)
+
+    async def _take_off(self, name: str) -> None:
+        results = await asyncio.gather(
+            *(
+                call(worker.delete_adapter.remote(name), f"stage {index}")
+                for index, worker in enumerate(self.placement.workers)
+            ),
+            return_exceptions=True,
+        )
+        for result in results:
+            # A stage that is lost has no adapter, and is noticed by others.
+            if isinstance(result, BaseException) and not isinstance(result, ModelUnavailableError):
+                raise result
+
+    async def _try_keep_card(self) -> None:
+        try:
+            await self.keep_card()
+        except WorkerDiedError as error:
+            logger.warning(
+                "a card of model %s will be kept when its stages are back: %s", self.info.name, one_line(error)
+            )
+
+    async def _attach_again(self, index: int) -> None:
+        """Gives a stage that has come back the adapters that the others have."""
+        worker = self.placement.workers[index]
+        for name, attached in list(self.adapters.items()):
+            token = self._adapter_tokens.get(name)
+            modules = await call(worker.load_adapter.remote(attached.spec.to_json(), token), f"stage {index}")
+            stages = [*attached.stages[:index], tuple(modules), *attached.stages[index + 1 :]]
+            self.adapters[name] = replace(attached, stages=tuple(stages))
+
     # -- recovery --------------------------------------------------------------------------------------------------
 
     async def restore(self, held: Callable[[], set[str]], placing: asyncio.Lock) -> list[int]:
@@ -174,6 +326,9 @@ class Resident:
                 if isinstance(result, BaseException):
                     raise result
         await self.join()
+        if self.adapters:
+            self.tell_adapters()
+            await self._limit_tokens([], "")
         await self.keep_card()
         return lost
 
@@ -241,6 +396,7 @@ class Resident:
         report: LoadReport = await call(worker.load.remote(self._token), f"stage {index}")
         stage = self.info.plan.stages[index]
         stage.device = await loads.actual_device(worker, index, stage.device)
+        await self._attach_again(index)
         self._reports[index] = report
         self.info.residency[index].CopyFrom(loads.residency(index, report))
 

@@ -567,13 +567,19 @@ def test_old_quantization_arguments() -> None:
         ({"use_safetensors": False}, "use_safetensors"),
         ({"gguf_file": "x.gguf"}, "gguf_file"),
         ({"state_dict": {"x": 1}}, "state_dict"),
-        ({"adapter_kwargs": {"revision": "x"}}, "adapter_kwargs"),
+        ({"adapter_kwargs": {"proxies": {"https": "x"}}}, "adapter_kwargs proxies"),
         ({"hidden_act": torch.nn.functional.gelu}, "hidden_act"),
     ],
 )
 def test_arguments_that_cannot_be_meant(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(errors.InvalidRequestError, match=message):
         options.load_options(**arguments)
+
+
+def test_adapter_kwargs_say_where_the_adapter_is() -> None:
+    sent = options.load_options(adapter_kwargs={"revision": "v2", "subfolder": "lora", "token": "t", "proxies": None})
+    assert (sent.adapter.revision, sent.adapter.subfolder, sent.adapter.token) == ("v2", "lora", "t")
+    assert not options.load_options(adapter_kwargs={}).HasField("adapter")
 
 
 def test_a_local_folder_is_sent_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,33 @@ def both(gateway: ModelGateway, model: RemoteModel, ids: torch.Tensor, **argumen
     return expected, actual
 
 
+@pytest.mark.parametrize("own", [None, "handle", "off"])
+@pytest.mark.parametrize("said", [..., None, "request", ["one", "two"]], ids=str)
+def test_each_request_says_its_adapters(own: str | None, said: Any, gateway: ModelGateway, model: RemoteModel) -> None:
+    """Its own; else the handle's; else nothing, which leaves it to the model."""
+    if own is not None:
+        model._adapters = ("handle",)
+    if own == "off":
+        model.disable_adapters()
+    expected = {None: None, "handle": ["handle"], "off": []}[own] if said is ... else asked(said)
+    model(IDS, adapter=said)
+    model.generate(IDS, max_new_tokens=2, adapter=said)
+    model.generate(IDS, max_new_tokens=2, num_beams=2, adapter=said)
+    with model.session(adapter=said) as session:
+        session.forward(IDS)
+    sent = [
+        *gateway.called("Forward"),
+        *gateway.called("Generate"),
+        *(request.forward for request in gateway.called("Session")),
+    ]
+    assert len(sent) >= 4
+    assert all((list(each.adapters.names) if each.HasField("adapters") else None) == expected for each in sent)
+
+
+def asked(said: str | list[str] | None) -> list[str]:
+    return [] if said is None else [said] if isinstance(said, str) else said
+
+
 class Louder(transformers.LogitsProcessor):
     """Prefers one token over the others, the more, the longer the sequence is."""
 

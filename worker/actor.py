@@ -18,7 +18,7 @@ from ..proto.v1.errors import InternalError, LoadCancelledError
 from ..proto.v1.status import to_error
 from . import own_gpus
 from .records import HubToken
-from .spec import LoadReport, LoadSnapshot, StageSpec
+from .spec import LoadReport, LoadSnapshot, ModuleBytes, StageSpec
 
 if TYPE_CHECKING:
     from .service import StageServer
@@ -148,6 +148,40 @@ class StageWorker:
     async def set_card(self, card: bytes) -> None:
         """Replaces the model's card, once more is known of it."""
         self._card = card
+
+    async def load_adapter(self, adapter: Mapping[str, Any], token: HubToken) -> tuple[ModuleBytes, ...]:
+        """Attaches this stage's part of an adapter (an AdapterSpec's JSON object); gives what it holds."""
+        from .adapter_spec import AdapterSpec
+
+        assert self._server is not None
+        spec = AdapterSpec.from_json(adapter)
+        if self._keeping is not None:
+            # The part that is being written names the model's tensors as they are without adapters.
+            await asyncio.to_thread(self._keeping.join)
+        try:
+            return await self._server.load_adapter(spec, token, self._progress.cancelled)
+        except Exception as error:
+            ours = to_error(error)
+            if isinstance(ours, InternalError):
+                logger.exception("loading adapter %s of %s failed", spec.name, self._spec.model)
+            raise ours from None
+
+    async def delete_adapter(self, name: str) -> None:
+        """Takes an adapter off. Twice is as good as once."""
+        assert self._server is not None
+        try:
+            await self._server.delete_adapter(name)
+        except Exception as error:
+            raise to_error(error) from None
+
+    async def adapters(self) -> list[str]:
+        """The names of the adapters that are attached here."""
+        return [] if self._server is None else list(self._server.pipeline.stage.adapters.names)
+
+    async def limit_tokens(self, kv_tokens: int) -> None:
+        """How many tokens' keys and values have room from now on; asked of the last stage, which lets sessions in."""
+        assert self._server is not None
+        self._server.sessions.admission.limit(kv_tokens)
 
     async def sessions(self) -> tuple[int, int]:
         """Sessions held, and the bytes of their keys and values."""

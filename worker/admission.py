@@ -21,6 +21,15 @@ class Admission:
         self.running: set[Ticket] = set()
         self._waiting: deque[tuple[Ticket, asyncio.Future[None]]] = deque()
 
+    def limit(self, kv_tokens: int) -> None:
+        """Sets `kv_tokens` anew. Raises OutOfMemoryError where running sessions have reserved more than that."""
+        if kv_tokens and self.reserved_tokens > kv_tokens:
+            raise OutOfMemoryError(
+                f"{len(self.running)} sessions hold room for {self.reserved_tokens:,} tokens, and {kv_tokens:,} would "
+                "be left: try again when they have ended"
+            )
+        self.kv_tokens = kv_tokens
+
     @property
     def waiting(self) -> int:
         return len(self._waiting)

@@ -13,7 +13,7 @@ import contextlib
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -41,11 +41,15 @@ class _Job:
 
 @dataclass(eq=False)
 class RowJob(Generic[Row]):
-    """A single-token step of `session`. `future` gets what the batch's function gives for it, or its exception."""
+    """A single-token step of `session`. `future` gets what the batch's function gives for it, or its exception.
+
+    kind: only rows of one kind go together.
+    """
 
     session: str
     row: Row
     future: asyncio.Future[Any] = field(repr=False)
+    kind: Hashable = ()
 
 
 class Compute(Generic[Row]):
@@ -200,17 +204,19 @@ class Compute(Generic[Row]):
         _deliver([(job.future, error if error is not None else result)])
 
     def _due(self) -> list[RowJob[Row]]:
-        """Takes the rows that may go now, one of a session, no more than make a fair batch."""
+        """Takes the rows that may go now, one of a session and all of a kind, no more than make a fair batch."""
         with self._wake:
             now = time.monotonic()
             active = sum(now - seen < _ACTIVE_S for seen in self._seen.values())
             most = max(1, self._most(active))
             due: dict[str, RowJob[Row]] = {}
+            kind: Hashable = None
             for row in self._rows:
                 if len(due) == most:
                     break
-                if row.session not in due and not self._busy[row.session]:
-                    due[row.session] = row
+                if row.session in due or self._busy[row.session] or (due and row.kind != kind):
+                    continue
+                due[row.session], kind = row, row.kind
             for row in due.values():
                 self._rows.remove(row)
             return list(due.values())

@@ -222,7 +222,8 @@ class StagePipeline:
 
     def _submit(self, work: _Work) -> asyncio.Future[Any]:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self.compute.run_row(RowJob(work.step.key.session, work, future))
+        # What is computed with other adapters is another batch.
+        self.compute.run_row(RowJob(work.step.key.session, work, future, kind=work.step.input.adapters))
         return future
 
     async def _settled(self, future: asyncio.Future[Any]) -> Any:
@@ -416,6 +417,7 @@ def _message(step: IncomingStep, tensor: torch.Tensor) -> tuple[stage_pb2.Step, 
         keep=step.keep,
         rows=step.rows,
         one_by_one=step.input.one_by_one,
+        adapters=step.input.adapters,
     )
     return message, list(rest)
 

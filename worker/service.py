@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from ..proto.v1 import inference_pb2, inference_pb2_grpc, limits, saving_pb2, stage_pb2
@@ -25,12 +26,16 @@ from ..proto.v1.server import Checked, HeaderGuard, TolerantReading, abort, read
 from ..proto.v1.status import code_of, to_error
 from ..proto.v1.tls import TLS
 from ..proto.v1.wire import MAX_CALLS, STAGE_SERVER_OPTIONS
+from .adapter_fetch import fetch_tensors
+from .adapter_spec import AdapterSpec
 from .admission import Admission
 from .links import STEP_METHOD, StepKey
 from .pipeline import IncomingStep, StagePipeline
+from .records import HubToken
 from .save_call import SaveCall
 from .session import RingSession
-from .spec import MOST_IDLE_S, SessionLimits
+from .sources import Cancel
+from .spec import MOST_IDLE_S, ModuleBytes, SessionLimits
 from .stage import ResidentStage
 from .step_frames import StepFrames, read_frame
 
@@ -126,6 +131,31 @@ class StageServer:
         Sessions under way end: a joined ring is a new one.
         """
         await self.pipeline.join(next_address, self._metadata, self._tls)
+
+    async def load_adapter(self, spec: AdapterSpec, token: HubToken, cancel: Cancel) -> tuple[ModuleBytes, ...]:
+        """Fetches and attaches this stage's part of an adapter; gives what it holds. A failure leaves nothing behind.
+
+        Once more, it is put in the place of what was there. Raises the errors of sources and of `StageAdapters.load`.
+        """
+        adapters = self.pipeline.stage.adapters
+        tensors = await asyncio.to_thread(fetch_tensors, spec, adapters.records(spec), token, cancel)
+
+        def attach() -> tuple[ModuleBytes, ...]:
+            adapters.remove(spec.name)
+            return adapters.load(spec, tensors)
+
+        return await self.pipeline.run("", attach)
+
+    async def delete_adapter(self, name: str) -> None:
+        """Takes an adapter off; nothing happens where it isn't there."""
+        stage = self.pipeline.stage
+
+        def take_off() -> None:
+            stage.adapters.remove(name)
+            if stage.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+        await self.pipeline.run("", take_off)
 
     async def stop(self, grace_s: float = 0.5) -> None:
         # The pipeline first: who waits for a step is told why, before the server cuts them off.
@@ -285,7 +315,10 @@ async def _act(
         await session.keep(request.keep)
     if request.rows:
         session.select_rows(tuple(request.rows))
-    match request.WhichOneof("action"):
+    kind = request.WhichOneof("action")
+    if kind is not None and request.HasField("adapters") and not getattr(request, kind).HasField("adapters"):
+        getattr(request, kind).adapters.CopyFrom(request.adapters)
+    match kind:
         case "forward":
             async for passed in session.answer(request.forward, cached=True):
                 yield inference_pb2.SessionResponse(forward=passed)

@@ -55,6 +55,7 @@ class RingSession:
         self._keep: int | None = None
         self._select: tuple[int, ...] = ()
         self._past: _Past | None = None
+        self._adapters: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:
@@ -102,6 +103,22 @@ class RingSession:
         self._select = tuple(self._select[row] for row in rows) if self._select else rows
         self._past = self._past.select(rows)
 
+    def _choose(self, request: inference_pb2.ForwardRequest | inference_pb2.GenerateRequest) -> None:
+        """Goes on with the adapters that `request` names, if it does.
+
+        Raises InvalidRequestError where the model has none of that name, or what is cached was made with others.
+        """
+        if not request.HasField("adapters"):
+            return
+        names = tuple(request.adapters.names)
+        if names != self._adapters and self._past is not None:
+            raise InvalidRequestError(
+                f"this session's keys and values were made with adapters {list(self._adapters)}, and can't go on with "
+                f"{list(names)}: begin another session"
+            )
+        self._pipeline.stage.adapters.check(names)
+        self._adapters = names
+
     # -- passes ----------------------------------------------------------------------------------------------------
 
     async def forward(
@@ -120,6 +137,7 @@ class RingSession:
                 "use_cache"
             )
         padding = _padding(step)
+        step = replace(step, adapters=self._adapters)
         if step.use_cache:
             rows, new = step.input.shape
             self._ticket.reserve(max(self._ticket.tokens, rows * (new + (0 if past is None else past.length))))
@@ -152,6 +170,7 @@ class RingSession:
         self, request: inference_pb2.ForwardRequest, *, cached: bool
     ) -> AsyncIterator[inference_pb2.ForwardResponse]:
         """Runs the pass that is asked for; gives its logits, message by message."""
+        self._choose(request)
         step = _step_input(request, self.length, self._pipeline.stage, cached=cached)
         if request.without_logits:
             await self.forward(step, logits_to_keep=1, then=lambda logits: None)
@@ -195,6 +214,7 @@ class RingSession:
         )
 
     async def _decoding(self, request: inference_pb2.GenerateRequest) -> Decoding:
+        self._choose(request)
         input_ids = check_ids("input_ids", from_message(request.input_ids))
         mask = _mask(request.attention_mask) if request.HasField("attention_mask") else None
         past = self._past

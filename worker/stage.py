@@ -13,6 +13,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from ..proto.v1.errors import InvalidRequestError
+from .adapters import StageAdapters
 from .anatomy import Anatomy, Cut
 from .kv import StageCache
 from .pristine import Pristine
@@ -33,6 +34,7 @@ class StepInput:
     attention_mask: int64 or bool [B, K], or None where nothing is padding.
     position_ids: int64 [B or 1, T].
     one_by_one: compute each token as if it came alone, to the same bits.
+    adapters: those that compute beside the base, in this order.
     """
 
     input: torch.Tensor
@@ -40,6 +42,7 @@ class StepInput:
     position_ids: torch.Tensor
     use_cache: bool = True
     one_by_one: bool = False
+    adapters: tuple[str, ...] = ()
 
 
 class ResidentStage:
@@ -76,6 +79,7 @@ class ResidentStage:
             (each.dtype for each in model.parameters() if each.is_floating_point()), config.dtype or torch.float32
         )
         self._config = config
+        self.adapters = StageAdapters(model, anatomy, cut, self.device)
         self._breathe: Callable[[], None] = lambda: None
         for layer in getattr(self._base, anatomy.layers)[cut.first : cut.end]:
             layer.register_forward_pre_hook(self._before_layer)
@@ -106,7 +110,9 @@ class ResidentStage:
     def _before_layer(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         if self.device.type == "cuda" and inputs and inputs[0].shape[:2].numel() >= _LONG_TOKENS:
             torch.cuda.current_stream(self.device).synchronize()
+        active = self.adapters.active
         self._breathe()
+        self.adapters.use(active)  # others' may have been, meanwhile
 
     def positions(self, attention_mask: torch.Tensor | None, past: int, length: int) -> torch.Tensor:
         """int64 [B or 1, length] of tokens after `past` others, as the model counts where it is given none."""
@@ -132,16 +138,18 @@ class ResidentStage:
             "use_cache": step.use_cache,
         }
         with torch.inference_mode():
-            output = self._run(step.input.to(self.device), arguments, logits_to_keep)
+            output = self._run(step.input.to(self.device), arguments, step.adapters, logits_to_keep)
         if cache is not None:
             cache.advance(step.input.shape[1])
         return output
 
     def forward_rows(self, steps: Sequence[StepInput], caches: Sequence[StageCache]) -> list[torch.Tensor]:
-        """Single-token steps of several sessions as one batch: for each what `forward` gives for it."""
+        """Single-token steps of several sessions, with the same adapters, as one batch: for each what `forward` gives
+        for it."""
         assert self.can_batch
+        assert len({step.adapters for step in steps}) == 1
         parts = [self._part(step, cache, cache.cache) for step, cache in zip(steps, caches, strict=True)]
-        output = self._forward_parts(torch.cat([step.input for step in steps]), parts)
+        output = self._forward_parts(torch.cat([step.input for step in steps]), parts, steps[0].adapters)
         for cache in caches:
             cache.advance(1)
         return list(output.split([part.rows for part in parts]))
@@ -151,7 +159,8 @@ class ResidentStage:
         same, each with attention of its own."""
         outputs = []
         length, rows = step.input.shape[1], step.input.shape[0]
-        at_once = _SINGLES_AT_ONCE if self.is_row_blind else 1
+        # What was tried out is the base: an adapter's matrices are small, and kernels may take them otherwise.
+        at_once = _SINGLES_AT_ONCE if self.is_row_blind and not step.adapters else 1
         for start in range(0, length, at_once):
             singles = [
                 _single(step, index, cache.length - start) for index in range(start, min(start + at_once, length))
@@ -160,7 +169,7 @@ class ResidentStage:
                 outputs.append(self.forward(singles[0], cache, 1))
                 continue
             parts = [self._part(single, cache, cache.shape_after(index)) for index, single in enumerate(singles)]
-            output = self._forward_parts(torch.cat([single.input for single in singles]), parts)
+            output = self._forward_parts(torch.cat([single.input for single in singles]), parts, step.adapters)
             cache.advance(len(singles))
             outputs.append(torch.cat(output.split(rows), dim=1))
         return torch.cat(outputs, dim=1)[:, -logits_to_keep:]
@@ -177,7 +186,7 @@ class ResidentStage:
             position_ids=step.position_ids.to(self.device).expand(rows, 1),
         )
 
-    def _forward_parts(self, inputs: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+    def _forward_parts(self, inputs: torch.Tensor, parts: Sequence[Part], adapters: tuple[str, ...]) -> torch.Tensor:
         like = torch.empty((1, 1, 0), dtype=self.dtype, device=self.device)
         with torch.inference_mode(), ragged_attention(self._config, parts, like) as ragged:
             arguments = {
@@ -185,9 +194,12 @@ class ResidentStage:
                 "past_key_values": ragged,
                 "use_cache": True,
             }
-            return self._run(inputs.to(self.device), arguments, 1)
+            return self._run(inputs.to(self.device), arguments, adapters, 1)
 
-    def _run(self, inputs: torch.Tensor, arguments: dict[str, Any], logits_to_keep: int) -> torch.Tensor:
+    def _run(
+        self, inputs: torch.Tensor, arguments: dict[str, Any], adapters: tuple[str, ...], logits_to_keep: int
+    ) -> torch.Tensor:
+        self.adapters.use(adapters)
         arguments["input_ids" if self.cut.is_first else "inputs_embeds"] = inputs
         output: torch.Tensor
         if self.cut.is_last:
@@ -204,4 +216,5 @@ def _single(step: StepInput, index: int, past: int) -> StepInput:
         input=step.input[:, index : index + 1],
         attention_mask=None if mask is None else mask[:, : past + index + 1],
         position_ids=step.position_ids[:, index : index + 1],
+        adapters=step.adapters,
     )

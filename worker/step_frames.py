@@ -7,7 +7,7 @@ import torch
 from ..proto.v1 import stage_pb2
 from ..proto.v1.errors import InvalidRequestError
 from ..proto.v1.frames import only_bytes
-from ..proto.v1.limits import MOST_NAME_CHARACTERS, MOST_ROWS
+from ..proto.v1.limits import MOST_ADAPTERS, MOST_NAME_CHARACTERS, MOST_ROWS
 from ..proto.v1.tensor_pb2 import Tensor
 from ..proto.v1.wire import Assembly
 from .links import MOST_GROUPED, StepKey
@@ -100,6 +100,8 @@ class StepFrames:
 def _incoming(head: stage_pb2.Step, tensor: torch.Tensor) -> IncomingStep:
     if len(head.key.session) > MOST_NAME_CHARACTERS:
         raise InvalidRequestError(f"a session's name has {len(head.key.session)} characters")
+    if len(head.adapters) > MOST_ADAPTERS:
+        raise InvalidRequestError(f"a step by {len(head.adapters)} adapters; at most {MOST_ADAPTERS} compute together")
     if len(head.rows) > MOST_ROWS:
         raise InvalidRequestError(f"a step that keeps {len(head.rows)} rows, over the limit of {MOST_ROWS}")
     batch, length = tensor.shape[:2]
@@ -117,6 +119,7 @@ def _incoming(head: stage_pb2.Step, tensor: torch.Tensor) -> IncomingStep:
             position_ids=positions.long(),
             use_cache=head.use_cache,
             one_by_one=head.one_by_one,
+            adapters=tuple(head.adapters),
         ),
         reset_cache=head.reset_cache,
         keep=head.keep if head.HasField("keep") else None,

@@ -12,6 +12,7 @@ import click
 
 from ... import __version__
 from ...proto.v1.errors import ShardliftError, one_line
+from .adapter import adapter
 from .cache import cache
 from .chat import chat
 from .convert import convert
@@ -48,7 +49,7 @@ def cli() -> None:
     """Loads models into a cluster, shows where they are, and talks to them."""
 
 
-for command in (up, down, plan, load, list_models, show, generate, chat, save, unload, cache, convert):
+for command in (up, down, plan, load, list_models, show, generate, chat, adapter, save, unload, cache, convert):
     cli.add_command(command)
 
 

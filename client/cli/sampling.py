@@ -29,6 +29,7 @@ def sampling(command: Command) -> Command:
             help="Above 1: less of what was said already.",
         ),
         click.option("--stop", multiple=True, metavar="TEXT", help="End the answer with this text; may be repeated."),
+        click.option("--adapter", multiple=True, help="Compute with this adapter; may be repeated."),
         click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Makes sampling repeatable."),
     ]
     for option in reversed(options):
@@ -41,4 +42,6 @@ def sampling_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     chosen = {name: values[name] for name in _FIELDS if values.get(name) is not None}
     if values.get("stop"):
         chosen["stop_strings"] = list(values["stop"])
+    if values.get("adapter"):
+        chosen["adapter"] = list(values["adapter"])
     return {**chosen, "seed": values.get("seed")}

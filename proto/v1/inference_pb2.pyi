@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "input_ids", "prompt", "conversation", "attention_mask", "generation", "seed", "output_logits", "output_scores", "generated")
+    __slots__ = ("model", "input_ids", "prompt", "conversation", "attention_mask", "generation", "seed", "output_logits", "output_scores", "generated", "adapters")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUT_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -20,6 +20,7 @@ class GenerateRequest(_message.Message):
     OUTPUT_LOGITS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_SCORES_FIELD_NUMBER: _ClassVar[int]
     GENERATED_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     model: str
     input_ids: _tensor_pb2.Tensor
     prompt: str
@@ -30,7 +31,14 @@ class GenerateRequest(_message.Message):
     output_logits: bool
     output_scores: bool
     generated: _tensor_pb2.Tensor
-    def __init__(self, model: _Optional[str] = ..., input_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., prompt: _Optional[str] = ..., conversation: _Optional[_Union[Conversation, _Mapping]] = ..., attention_mask: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., generation: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., seed: _Optional[int] = ..., output_logits: _Optional[bool] = ..., output_scores: _Optional[bool] = ..., generated: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    adapters: AdapterChoice
+    def __init__(self, model: _Optional[str] = ..., input_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., prompt: _Optional[str] = ..., conversation: _Optional[_Union[Conversation, _Mapping]] = ..., attention_mask: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., generation: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., seed: _Optional[int] = ..., output_logits: _Optional[bool] = ..., output_scores: _Optional[bool] = ..., generated: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., adapters: _Optional[_Union[AdapterChoice, _Mapping]] = ...) -> None: ...
+
+class AdapterChoice(_message.Message):
+    __slots__ = ("names",)
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Conversation(_message.Message):
     __slots__ = ("messages",)
@@ -89,7 +97,7 @@ class GenerationFinished(_message.Message):
     def __init__(self, new_tokens: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("model", "input_ids", "attention_mask", "position_ids", "logits_to_keep", "use_cache", "without_logits", "one_by_one")
+    __slots__ = ("model", "input_ids", "attention_mask", "position_ids", "logits_to_keep", "use_cache", "without_logits", "one_by_one", "adapters")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUT_IDS_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_MASK_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +106,7 @@ class ForwardRequest(_message.Message):
     USE_CACHE_FIELD_NUMBER: _ClassVar[int]
     WITHOUT_LOGITS_FIELD_NUMBER: _ClassVar[int]
     ONE_BY_ONE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     model: str
     input_ids: _tensor_pb2.Tensor
     attention_mask: _tensor_pb2.Tensor
@@ -106,23 +115,26 @@ class ForwardRequest(_message.Message):
     use_cache: bool
     without_logits: bool
     one_by_one: bool
-    def __init__(self, model: _Optional[str] = ..., input_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., attention_mask: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., position_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., logits_to_keep: _Optional[int] = ..., use_cache: _Optional[bool] = ..., without_logits: _Optional[bool] = ..., one_by_one: _Optional[bool] = ...) -> None: ...
+    adapters: AdapterChoice
+    def __init__(self, model: _Optional[str] = ..., input_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., attention_mask: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., position_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., logits_to_keep: _Optional[int] = ..., use_cache: _Optional[bool] = ..., without_logits: _Optional[bool] = ..., one_by_one: _Optional[bool] = ..., adapters: _Optional[_Union[AdapterChoice, _Mapping]] = ...) -> None: ...
 
 class SessionRequest(_message.Message):
-    __slots__ = ("model", "idle_timeout_s", "keep", "rows", "forward", "generate")
+    __slots__ = ("model", "idle_timeout_s", "keep", "rows", "forward", "generate", "adapters")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     IDLE_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     GENERATE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     model: str
     idle_timeout_s: float
     keep: int
     rows: _containers.RepeatedScalarFieldContainer[int]
     forward: ForwardRequest
     generate: GenerateRequest
-    def __init__(self, model: _Optional[str] = ..., idle_timeout_s: _Optional[float] = ..., keep: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., forward: _Optional[_Union[ForwardRequest, _Mapping]] = ..., generate: _Optional[_Union[GenerateRequest, _Mapping]] = ...) -> None: ...
+    adapters: AdapterChoice
+    def __init__(self, model: _Optional[str] = ..., idle_timeout_s: _Optional[float] = ..., keep: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., forward: _Optional[_Union[ForwardRequest, _Mapping]] = ..., generate: _Optional[_Union[GenerateRequest, _Mapping]] = ..., adapters: _Optional[_Union[AdapterChoice, _Mapping]] = ...) -> None: ...
 
 class SessionResponse(_message.Message):
     __slots__ = ("forward", "generate", "done")

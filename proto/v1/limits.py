@@ -10,7 +10,7 @@ from math import prod
 
 from google.protobuf import struct_pb2
 
-from . import inference_pb2, registry_pb2
+from . import inference_pb2, registry_pb2, saving_pb2
 from .errors import InvalidRequestError
 from .tensor_pb2 import Tensor
 from .wire import MAX_TENSOR_BYTES
@@ -28,6 +28,8 @@ MOST_GENERATION_VALUES = 1 << 18
 MOST_GENERATION_DEPTH = 8
 MOST_STOP_STRINGS = 64
 MOST_STOP_CHARACTERS = 1024
+# That compute one request together.
+MOST_ADAPTERS = 64
 # Lists of tokens that a step looks at one by one: bad_words_ids, sequence_bias.
 MOST_TOKEN_LISTS = 8192
 _TOKEN_LISTS = ("bad_words_ids", "sequence_bias")
@@ -65,6 +67,11 @@ def check_generate(request: inference_pb2.GenerateRequest) -> None:
         total = sum(len(message.content) for message in messages)
         _at_most("characters in the conversation", total, MOST_PROMPT_CHARACTERS, "shorten it")
     _check_generation(request.generation, rows, length)
+    _check_adapters(request.adapters)
+
+
+def _check_adapters(choice: inference_pb2.AdapterChoice) -> None:
+    _at_most("adapters", len(choice.names), MOST_ADAPTERS, "name fewer")
 
 
 def _check_generation(generation: struct_pb2.Struct, rows: int, length: int) -> None:
@@ -118,6 +125,7 @@ def _count_values(struct: struct_pb2.Struct, depth: int) -> int:
 
 def check_forward(request: inference_pb2.ForwardRequest) -> None:
     check_model(request.model)
+    _check_adapters(request.adapters)
     rows, length = _ids(request.input_ids)
     _at_most("tokens in all rows", rows * length, MOST_TOKENS, "send fewer rows, or shorter ones")
 
@@ -129,6 +137,7 @@ def check_session(request: inference_pb2.SessionRequest) -> None:
             f"idle_timeout_s={request.idle_timeout_s}: write a number of seconds of 0 or more, or leave it out"
         )
     _at_most("rows", len(request.rows), MOST_ROWS, "keep fewer")
+    _check_adapters(request.adapters)
     match request.WhichOneof("action"):
         case "forward":
             check_forward(request.forward)
@@ -146,12 +155,24 @@ def check_logits(rows: int, length: int, vocabulary: int, item_bytes: int) -> No
         )
 
 
-def check_load(source: registry_pb2.ModelSource, options: registry_pb2.LoadOptions, name: str = "") -> None:
-    check_model(name)
+def check_source(source: registry_pb2.ModelSource) -> None:
     _characters("the path", source.path, MOST_PATH_CHARACTERS)
     _characters("cache_dir", source.cache_dir, MOST_PATH_CHARACTERS)
     for field in ("revision", "subfolder", "variant", "token", "hub_endpoint"):
         _characters(field, getattr(source, field), MOST_WORD_CHARACTERS)
+
+
+def check_save(request: saving_pb2.SaveModelRequest) -> None:
+    check_model(request.name)
+    _characters("the folder", request.folder, MOST_PATH_CHARACTERS)
+    for field in ("save_id", "max_shard_size", "variant"):
+        _characters(field, getattr(request, field), MOST_WORD_CHARACTERS)
+
+
+def check_load(source: registry_pb2.ModelSource, options: registry_pb2.LoadOptions, name: str = "") -> None:
+    check_model(name)
+    check_source(source)
+    check_source(options.adapter)
     for field in ("dtype", "attn_implementation", "device_map", "staging_budget", "link_speed"):
         _characters(field, getattr(options, field), MOST_WORD_CHARACTERS)
     for field in ("quantization_config_json", "config_json", "config_overrides_json"):

@@ -44,7 +44,7 @@ class ModelSource(_message.Message):
     def __init__(self, path: _Optional[str] = ..., revision: _Optional[str] = ..., subfolder: _Optional[str] = ..., variant: _Optional[str] = ..., token: _Optional[str] = ..., hub_endpoint: _Optional[str] = ..., cache_dir: _Optional[str] = ..., trust_remote_code: _Optional[bool] = ...) -> None: ...
 
 class LoadOptions(_message.Message):
-    __slots__ = ("quantization_config_json", "dtype", "attn_implementation", "config_json", "config_overrides_json", "device_map", "device_map_by_module", "max_memory", "num_stages", "staging_budget", "connections", "without_cache", "trace", "quantize_experts", "reserve_tokens", "link_speed", "max_sessions", "max_waiting", "idle_timeout_s", "without_batching", "without_quantized_experts", "requantize")
+    __slots__ = ("quantization_config_json", "dtype", "attn_implementation", "config_json", "config_overrides_json", "device_map", "device_map_by_module", "max_memory", "num_stages", "staging_budget", "connections", "without_cache", "trace", "quantize_experts", "reserve_tokens", "link_speed", "max_sessions", "max_waiting", "idle_timeout_s", "without_batching", "without_quantized_experts", "requantize", "adapter")
     class DeviceMapByModuleEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -81,6 +81,7 @@ class LoadOptions(_message.Message):
     WITHOUT_BATCHING_FIELD_NUMBER: _ClassVar[int]
     WITHOUT_QUANTIZED_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     REQUANTIZE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     quantization_config_json: str
     dtype: str
     attn_implementation: str
@@ -103,7 +104,8 @@ class LoadOptions(_message.Message):
     without_batching: bool
     without_quantized_experts: bool
     requantize: bool
-    def __init__(self, quantization_config_json: _Optional[str] = ..., dtype: _Optional[str] = ..., attn_implementation: _Optional[str] = ..., config_json: _Optional[str] = ..., config_overrides_json: _Optional[str] = ..., device_map: _Optional[str] = ..., device_map_by_module: _Optional[_Mapping[str, str]] = ..., max_memory: _Optional[_Mapping[str, str]] = ..., num_stages: _Optional[int] = ..., staging_budget: _Optional[str] = ..., connections: _Optional[int] = ..., without_cache: _Optional[bool] = ..., trace: _Optional[bool] = ..., quantize_experts: _Optional[bool] = ..., reserve_tokens: _Optional[int] = ..., link_speed: _Optional[str] = ..., max_sessions: _Optional[int] = ..., max_waiting: _Optional[int] = ..., idle_timeout_s: _Optional[float] = ..., without_batching: _Optional[bool] = ..., without_quantized_experts: _Optional[bool] = ..., requantize: _Optional[bool] = ...) -> None: ...
+    adapter: ModelSource
+    def __init__(self, quantization_config_json: _Optional[str] = ..., dtype: _Optional[str] = ..., attn_implementation: _Optional[str] = ..., config_json: _Optional[str] = ..., config_overrides_json: _Optional[str] = ..., device_map: _Optional[str] = ..., device_map_by_module: _Optional[_Mapping[str, str]] = ..., max_memory: _Optional[_Mapping[str, str]] = ..., num_stages: _Optional[int] = ..., staging_budget: _Optional[str] = ..., connections: _Optional[int] = ..., without_cache: _Optional[bool] = ..., trace: _Optional[bool] = ..., quantize_experts: _Optional[bool] = ..., reserve_tokens: _Optional[int] = ..., link_speed: _Optional[str] = ..., max_sessions: _Optional[int] = ..., max_waiting: _Optional[int] = ..., idle_timeout_s: _Optional[float] = ..., without_batching: _Optional[bool] = ..., without_quantized_experts: _Optional[bool] = ..., requantize: _Optional[bool] = ..., adapter: _Optional[_Union[ModelSource, _Mapping]] = ...) -> None: ...
 
 class PlanModelRequest(_message.Message):
     __slots__ = ("source", "options")
@@ -276,7 +278,7 @@ class StagePlan(_message.Message):
     def __init__(self, index: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., fetch_bytes: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., modules: _Optional[_Iterable[str]] = ..., workspace_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., predicted_load_seconds: _Optional[float] = ..., kv_budget_bytes: _Optional[int] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "state", "plan", "residency", "config_json", "generation_config_json", "path", "reason", "load_seconds", "recoveries", "recovery_seconds", "quantization_config_json", "footprint")
+    __slots__ = ("name", "state", "plan", "residency", "config_json", "generation_config_json", "path", "reason", "load_seconds", "recoveries", "recovery_seconds", "adapters", "default_adapters", "quantization_config_json", "footprint")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
@@ -288,6 +290,8 @@ class ModelInfo(_message.Message):
     LOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
     RECOVERIES_FIELD_NUMBER: _ClassVar[int]
     RECOVERY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
     FOOTPRINT_FIELD_NUMBER: _ClassVar[int]
     name: str
@@ -301,9 +305,11 @@ class ModelInfo(_message.Message):
     load_seconds: float
     recoveries: int
     recovery_seconds: float
+    adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
+    default_adapters: _containers.RepeatedScalarFieldContainer[str]
     quantization_config_json: str
     footprint: Footprint
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., residency: _Optional[_Iterable[_Union[StageResidency, _Mapping]]] = ..., config_json: _Optional[str] = ..., generation_config_json: _Optional[str] = ..., path: _Optional[str] = ..., reason: _Optional[str] = ..., load_seconds: _Optional[float] = ..., recoveries: _Optional[int] = ..., recovery_seconds: _Optional[float] = ..., quantization_config_json: _Optional[str] = ..., footprint: _Optional[_Union[Footprint, _Mapping]] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., residency: _Optional[_Iterable[_Union[StageResidency, _Mapping]]] = ..., config_json: _Optional[str] = ..., generation_config_json: _Optional[str] = ..., path: _Optional[str] = ..., reason: _Optional[str] = ..., load_seconds: _Optional[float] = ..., recoveries: _Optional[int] = ..., recovery_seconds: _Optional[float] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., default_adapters: _Optional[_Iterable[str]] = ..., quantization_config_json: _Optional[str] = ..., footprint: _Optional[_Union[Footprint, _Mapping]] = ...) -> None: ...
 
 class Footprint(_message.Message):
     __slots__ = ("parameter_bytes", "buffer_bytes")
@@ -313,17 +319,35 @@ class Footprint(_message.Message):
     buffer_bytes: int
     def __init__(self, parameter_bytes: _Optional[int] = ..., buffer_bytes: _Optional[int] = ...) -> None: ...
 
+class Adapter(_message.Message):
+    __slots__ = ("name", "path", "commit", "kind", "config_json", "stage_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
+    STAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    path: str
+    commit: str
+    kind: str
+    config_json: str
+    stage_bytes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., commit: _Optional[str] = ..., kind: _Optional[str] = ..., config_json: _Optional[str] = ..., stage_bytes: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class ModelCard(_message.Message):
-    __slots__ = ("info", "source", "options", "seats")
+    __slots__ = ("info", "source", "options", "seats", "adapters_json")
     INFO_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     SEATS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_JSON_FIELD_NUMBER: _ClassVar[int]
     info: ModelInfo
     source: ModelSource
     options: LoadOptions
     seats: _containers.RepeatedCompositeFieldContainer[StageSeat]
-    def __init__(self, info: _Optional[_Union[ModelInfo, _Mapping]] = ..., source: _Optional[_Union[ModelSource, _Mapping]] = ..., options: _Optional[_Union[LoadOptions, _Mapping]] = ..., seats: _Optional[_Iterable[_Union[StageSeat, _Mapping]]] = ...) -> None: ...
+    adapters_json: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, info: _Optional[_Union[ModelInfo, _Mapping]] = ..., source: _Optional[_Union[ModelSource, _Mapping]] = ..., options: _Optional[_Union[LoadOptions, _Mapping]] = ..., seats: _Optional[_Iterable[_Union[StageSeat, _Mapping]]] = ..., adapters_json: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StageSeat(_message.Message):
     __slots__ = ("placement_group", "bundle", "node", "node_id", "device", "gpus")
@@ -424,6 +448,36 @@ class UnloadModelRequest(_message.Message):
 class UnloadModelResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class LoadAdapterRequest(_message.Message):
+    __slots__ = ("model", "name", "source")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    name: str
+    source: ModelSource
+    def __init__(self, model: _Optional[str] = ..., name: _Optional[str] = ..., source: _Optional[_Union[ModelSource, _Mapping]] = ...) -> None: ...
+
+class LoadAdapterResponse(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: ModelInfo
+    def __init__(self, model: _Optional[_Union[ModelInfo, _Mapping]] = ...) -> None: ...
+
+class DeleteAdapterRequest(_message.Message):
+    __slots__ = ("model", "name")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    name: str
+    def __init__(self, model: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
+
+class DeleteAdapterResponse(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: ModelInfo
+    def __init__(self, model: _Optional[_Union[ModelInfo, _Mapping]] = ...) -> None: ...
 
 class CachedPart(_message.Message):
     __slots__ = ("node", "key", "bytes", "used_unix_s", "about_json", "quantization")

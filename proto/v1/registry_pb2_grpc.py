@@ -61,6 +61,16 @@ class ModelRegistryServiceStub:
                 request_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.UnloadModelRequest.SerializeToString,
                 response_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.UnloadModelResponse.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/shardlift.v1.ModelRegistryService/LoadAdapter',
+                request_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.LoadAdapterResponse.FromString,
+                _registered_method=True)
+        self.DeleteAdapter = channel.unary_unary(
+                '/shardlift.v1.ModelRegistryService/DeleteAdapter',
+                request_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.DeleteAdapterRequest.SerializeToString,
+                response_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.DeleteAdapterResponse.FromString,
+                _registered_method=True)
         self.ListCachedParts = channel.unary_unary(
                 '/shardlift.v1.ModelRegistryService/ListCachedParts',
                 request_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.ListCachedPartsRequest.SerializeToString,
@@ -115,6 +125,20 @@ class ModelRegistryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadAdapter(self, request, context):
+        """Attaches an adapter to a resident model, on all of its stages or, where one fails, on none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAdapter(self, request, context):
+        """Takes an adapter off. Refused with RESOURCE_EXHAUSTED while requests or sessions use it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListCachedParts(self, request, context):
         """The quantized parts that the cluster's nodes keep for later loads.
         """
@@ -164,6 +188,16 @@ def add_ModelRegistryServiceServicer_to_server(servicer, server):
                     servicer.UnloadModel,
                     request_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.UnloadModelRequest.FromString,
                     response_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.UnloadModelResponse.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'DeleteAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAdapter,
+                    request_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.DeleteAdapterRequest.FromString,
+                    response_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.DeleteAdapterResponse.SerializeToString,
             ),
             'ListCachedParts': grpc.unary_unary_rpc_method_handler(
                     servicer.ListCachedParts,
@@ -317,6 +351,60 @@ class ModelRegistryService:
             '/shardlift.v1.ModelRegistryService/UnloadModel',
             shardlift_dot_proto_dot_v1_dot_registry__pb2.UnloadModelRequest.SerializeToString,
             shardlift_dot_proto_dot_v1_dot_registry__pb2.UnloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardlift.v1.ModelRegistryService/LoadAdapter',
+            shardlift_dot_proto_dot_v1_dot_registry__pb2.LoadAdapterRequest.SerializeToString,
+            shardlift_dot_proto_dot_v1_dot_registry__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardlift.v1.ModelRegistryService/DeleteAdapter',
+            shardlift_dot_proto_dot_v1_dot_registry__pb2.DeleteAdapterRequest.SerializeToString,
+            shardlift_dot_proto_dot_v1_dot_registry__pb2.DeleteAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

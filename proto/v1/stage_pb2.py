@@ -26,7 +26,7 @@ from shardlift.proto.v1 import saving_pb2 as shardlift_dot_proto_dot_v1_dot_savi
 from shardlift.proto.v1 import tensor_pb2 as shardlift_dot_proto_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eshardlift/proto/v1/stage.proto\x12\x0cshardlift.v1\x1a\x1fshardlift/proto/v1/saving.proto\x1a\x1fshardlift/proto/v1/tensor.proto\"\x9d\x01\n\x0bStepRequest\x12\"\n\x04step\x18\x01 \x01(\x0b\x32\x12.shardlift.v1.StepH\x00\x12\x0e\n\x04more\x18\x02 \x01(\x0cH\x00\x12\'\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x18.shardlift.v1.SessionEndH\x00\x12(\n\x05group\x18\x04 \x01(\x0b\x32\x17.shardlift.v1.StepGroupH\x00\x42\x07\n\x05\x66rame\"S\n\tStepGroup\x12!\n\x05steps\x18\x01 \x03(\x0b\x32\x12.shardlift.v1.Step\x12#\n\x05input\x18\x02 \x01(\x0b\x32\x14.shardlift.v1.Tensor\"9\n\x07StepKey\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0e\n\x06number\x18\x03 \x01(\x04\"\x8f\x02\n\x04Step\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.shardlift.v1.StepKey\x12#\n\x05input\x18\x02 \x01(\x0b\x32\x14.shardlift.v1.Tensor\x12,\n\x0e\x61ttention_mask\x18\x03 \x01(\x0b\x32\x14.shardlift.v1.Tensor\x12*\n\x0cposition_ids\x18\x04 \x01(\x0b\x32\x14.shardlift.v1.Tensor\x12\x11\n\tuse_cache\x18\x05 \x01(\x08\x12\x13\n\x0breset_cache\x18\x06 \x01(\x08\x12\x11\n\x04keep\x18\x07 \x01(\x04H\x00\x88\x01\x01\x12\x0c\n\x04rows\x18\x08 \x03(\r\x12\x12\n\none_by_one\x18\t \x01(\x08\x42\x07\n\x05_keep\"\x1d\n\nSessionEnd\x12\x0f\n\x07session\x18\x01 \x01(\t\"a\n\x0cStepResponse\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.shardlift.v1.StepKey\x12\x0c\n\x04\x63ode\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t2\x94\x01\n\x0cStageService\x12\x41\n\x04Step\x12\x19.shardlift.v1.StepRequest\x1a\x1a.shardlift.v1.StepResponse(\x01\x30\x01\x12\x41\n\x04Save\x12\x19.shardlift.v1.SaveRequest\x1a\x1a.shardlift.v1.SaveResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eshardlift/proto/v1/stage.proto\x12\x0cshardlift.v1\x1a\x1fshardlift/proto/v1/saving.proto\x1a\x1fshardlift/proto/v1/tensor.proto\"\x9d\x01\n\x0bStepRequest\x12\"\n\x04step\x18\x01 \x01(\x0b\x32\x12.shardlift.v1.StepH\x00\x12\x0e\n\x04more\x18\x02 \x01(\x0cH\x00\x12\'\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x18.shardlift.v1.SessionEndH\x00\x12(\n\x05group\x18\x04 \x01(\x0b\x32\x17.shardlift.v1.StepGroupH\x00\x42\x07\n\x05\x66rame\"S\n\tStepGroup\x12!\n\x05steps\x18\x01 \x03(\x0b\x32\x12.shardlift.v1.Step\x12#\n\x05input\x18\x02 \x01(\x0b\x32\x14.shardlift.v1.Tensor\"9\n\x07StepKey\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0e\n\x06number\x18\x03 \x01(\x04\"\xa1\x02\n\x04Step\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.shardlift.v1.StepKey\x12#\n\x05input\x18\x02 \x01(\x0b\x32\x14.shardlift.v1.Tensor\x12,\n\x0e\x61ttention_mask\x18\x03 \x01(\x0b\x32\x14.shardlift.v1.Tensor\x12*\n\x0cposition_ids\x18\x04 \x01(\x0b\x32\x14.shardlift.v1.Tensor\x12\x11\n\tuse_cache\x18\x05 \x01(\x08\x12\x13\n\x0breset_cache\x18\x06 \x01(\x08\x12\x11\n\x04keep\x18\x07 \x01(\x04H\x00\x88\x01\x01\x12\x0c\n\x04rows\x18\x08 \x03(\r\x12\x12\n\none_by_one\x18\t \x01(\x08\x12\x10\n\x08\x61\x64\x61pters\x18\x14 \x03(\tB\x07\n\x05_keep\"\x1d\n\nSessionEnd\x12\x0f\n\x07session\x18\x01 \x01(\t\"a\n\x0cStepResponse\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.shardlift.v1.StepKey\x12\x0c\n\x04\x63ode\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t2\x94\x01\n\x0cStageService\x12\x41\n\x04Step\x12\x19.shardlift.v1.StepRequest\x1a\x1a.shardlift.v1.StepResponse(\x01\x30\x01\x12\x41\n\x04Save\x12\x19.shardlift.v1.SaveRequest\x1a\x1a.shardlift.v1.SaveResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,11 +40,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STEPKEY']._serialized_start=359
   _globals['_STEPKEY']._serialized_end=416
   _globals['_STEP']._serialized_start=419
-  _globals['_STEP']._serialized_end=690
-  _globals['_SESSIONEND']._serialized_start=692
-  _globals['_SESSIONEND']._serialized_end=721
-  _globals['_STEPRESPONSE']._serialized_start=723
-  _globals['_STEPRESPONSE']._serialized_end=820
-  _globals['_STAGESERVICE']._serialized_start=823
-  _globals['_STAGESERVICE']._serialized_end=971
+  _globals['_STEP']._serialized_end=708
+  _globals['_SESSIONEND']._serialized_start=710
+  _globals['_SESSIONEND']._serialized_end=739
+  _globals['_STEPRESPONSE']._serialized_start=741
+  _globals['_STEPRESPONSE']._serialized_end=838
+  _globals['_STAGESERVICE']._serialized_start=841
+  _globals['_STAGESERVICE']._serialized_end=989
 # @@protoc_insertion_point(module_scope)

@@ -39,7 +39,7 @@ class StepKey(_message.Message):
     def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("key", "input", "attention_mask", "position_ids", "use_cache", "reset_cache", "keep", "rows", "one_by_one")
+    __slots__ = ("key", "input", "attention_mask", "position_ids", "use_cache", "reset_cache", "keep", "rows", "one_by_one", "adapters")
     KEY_FIELD_NUMBER: _ClassVar[int]
     INPUT_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_MASK_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +49,7 @@ class Step(_message.Message):
     KEEP_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     ONE_BY_ONE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     key: StepKey
     input: _tensor_pb2.Tensor
     attention_mask: _tensor_pb2.Tensor
@@ -58,7 +59,8 @@ class Step(_message.Message):
     keep: int
     rows: _containers.RepeatedScalarFieldContainer[int]
     one_by_one: bool
-    def __init__(self, key: _Optional[_Union[StepKey, _Mapping]] = ..., input: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., attention_mask: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., position_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., use_cache: _Optional[bool] = ..., reset_cache: _Optional[bool] = ..., keep: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., one_by_one: _Optional[bool] = ...) -> None: ...
+    adapters: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, key: _Optional[_Union[StepKey, _Mapping]] = ..., input: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., attention_mask: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., position_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., use_cache: _Optional[bool] = ..., reset_cache: _Optional[bool] = ..., keep: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., one_by_one: _Optional[bool] = ..., adapters: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SessionEnd(_message.Message):
     __slots__ = ("session",)
