@@ -156,6 +156,15 @@ def test_fp8_scales_of_a_whole_matrix_or_of_rows(scale_shape: tuple[int, ...]) -
     assert torch.equal(found, (weight.float() * scale).bfloat16())
 
 
+def test_fp8_scales_that_are_exponents() -> None:
+    weight = torch.randn(255, 32).to(torch.float8_e4m3fn)
+    scale = torch.arange(255, dtype=torch.uint8)[:, None]
+    found = unpack(
+        "w", {"weight": weight, "scale": scale}, (255, 32), Packing(method="fp8", block=(1, 32)), torch.float32
+    )
+    assert torch.equal(found, weight.float() * torch.ldexp(torch.ones(255, 1), torch.arange(255)[:, None] - 127))
+
+
 @pytest.mark.parametrize("rows", [1 << 13, 33])
 def test_a_large_weight_is_unpacked_piece_by_piece(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr("shardlift.worker.unpack._PIECE", 1 << 12)

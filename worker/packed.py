@@ -101,6 +101,11 @@ def quantization_method(config: Mapping[str, Any]) -> str:
     return str(getattr(method, "value", method))
 
 
+def has_plain_weights(config: Mapping[str, Any]) -> bool:
+    """Whether bitsandbytes, which the checkpoint is said to be quantized with, keeps its weights as they are."""
+    return bool(_quantization(config).get("llm_int8_has_fp16_weight"))
+
+
 def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
     text = config.get("text_config")
     for place in (config, text if isinstance(text, Mapping) else {}):
