@@ -38,6 +38,11 @@ def settle(config: Mapping[str, Any], quantization: Mapping[str, Any] | None, *,
     method = quantization_method(config)
     asked = _method(quantization)
     if not method:
+        if quantization and asked != BITSANDBYTES:
+            raise InvalidRequestError(
+                f"quantization_config says {asked}, but on the way in models are quantized with bitsandbytes alone: "
+                "pass a BitsAndBytesConfig"
+            )
         return Quantized(config=_plain(config), quantization=quantization)
     if method == BITSANDBYTES:
         if has_plain_weights(config):
