@@ -260,7 +260,9 @@ def _overrides(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     overrides = {}
     for name, value in kwargs.items():
         if name == "use_safetensors" and value is False:
-            raise InvalidRequestError("use_safetensors=False is not supported: only safetensors are read")
+            raise InvalidRequestError(
+                "use_safetensors=False is not supported: only safetensors are read, which `shardlift convert` makes"
+            )
         if name in _UNSUPPORTED and value is not None and value is not False:
             raise InvalidRequestError(f"{name} is not supported when loading into a cluster: leave it out")
         if name not in _MEANINGLESS | _UNSUPPORTED | {"use_safetensors"}:

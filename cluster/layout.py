@@ -303,6 +303,11 @@ def _match(
         targets[key] = target
         if target not in serialized and key_map.keeps_shape(pattern) and tensor.shape != shapes[target]:
             misshapen.append(f"tensor {key} has shape {list(tensor.shape)}, the model needs {list(shapes[target])}")
+    if packed := [key for key in unexpected if key.endswith(".qweight")]:
+        raise TensorMismatchError(
+            f"tensor {min(packed)} is packed, but config.json has no quantization_config that says how: put "
+            "quantize_config.json's fields there, with their quant_method (gptq or awq)"
+        )
     missing, unexpected = unmatched_keys(skeleton, set(targets.values()), unexpected)
     if missing:
         raise TensorMismatchError(f"the checkpoint has no tensor for {_some(missing)}")

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..proto.v1.errors import InvalidRequestError
-from ..worker.packed import BITSANDBYTES, Packing, packing_of, quantization_method
+from ..proto.v1.errors import InvalidRequestError, UnsupportedModelError
+from ..worker.packed import BITSANDBYTES, Packing, has_plain_weights, packing_of, quantization_method
 
 # transformers' own words (AutoHfQuantizer.merge_quantization_configs).
 CHECKPOINT_WINS = (
@@ -38,8 +38,18 @@ def settle(config: Mapping[str, Any], quantization: Mapping[str, Any] | None, *,
     method = quantization_method(config)
     asked = _method(quantization)
     if not method:
+        if quantization and asked != BITSANDBYTES:
+            raise InvalidRequestError(
+                f"quantization_config says {asked}, but on the way in models are quantized with bitsandbytes alone: "
+                "pass a BitsAndBytesConfig"
+            )
         return Quantized(config=_plain(config), quantization=quantization)
     if method == BITSANDBYTES:
+        if has_plain_weights(config):
+            raise UnsupportedModelError(
+                "the checkpoint's quantization_config says llm_int8_has_fp16_weight, with which weights stay in 16 "
+                "bits: take quantization_config out of its config.json, and pass it to from_pretrained"
+            )
         if requantize:
             raise InvalidRequestError(
                 "requantize=True, but the checkpoint is quantized with bitsandbytes, and loaded as it is: leave "

@@ -20,7 +20,7 @@ from shardlift.worker.part_cache import PartCache
 from shardlift.worker.serialized import serialize
 from shardlift.worker.spec import StageSpec
 from shardlift.worker.timeline import COPY, FETCH
-from tests.support import checkpoints, ring
+from tests.support import checkpoints, packing, ring
 from tests.support.fingerprint import fingerprint
 
 pytestmark = [
@@ -74,6 +74,36 @@ def test_predicted_bytes_are_the_measured_ones_on_a_gpu(kind: str, tmp_path: Pat
     for spec, stage in zip(planned.specs("model", "load", "secret"), planned.plan.stages, strict=True):
         measured = sum(module.size_bytes for module in load_stage(spec, None, LoadProgress()).modules)
         assert measured == pytest.approx(stage.resident_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["nf4+double", "int8"])
+async def test_a_checkpoint_that_bitsandbytes_quantized_equals_the_whole_model(kind: str, tmp_path: Path) -> None:
+    folder = checkpoints.tiny("llama", tmp_path / "llama", layers=4, dtype="bfloat16")
+    first = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=KINDS[kind], dtype=torch.bfloat16, device_map={"": DEVICE}
+    )
+    first.save_pretrained(tmp_path / "quantized")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", device_map={"": DEVICE})
+    ids = torch.randint(3, 250, (2, 21), generator=torch.Generator().manual_seed(0))
+    async with ring.serve(ring.load(tmp_path / "quantized", (1, 3), device=DEVICE)) as pipeline:
+        with torch.inference_mode():
+            expected = whole(ids.to(DEVICE), use_cache=False).logits
+        assert torch.equal(await pipeline.session()(ids, use_cache=False), expected.cpu())
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8"])
+def test_packed_weights_are_unpacked_to_the_same_bits_on_a_gpu(method: str, tmp_path: Path) -> None:
+    folder = checkpoints.tiny("llama", tmp_path / "llama", layers=4, dtype="bfloat16")
+    packer, config = {
+        "gptq": (packing.gptq(order=True), packing.gptq_config(order=True)),
+        "awq": (packing.awq, packing.AWQ_CONFIG),
+        "fp8": (packing.fp8((40, 24)), packing.fp8_config((40, 24))),
+    }[method]
+    packed = packing.rewrite(folder, tmp_path / "packed", packer, config)
+    [stage] = ring.load(packed, (), device=DEVICE)
+    whole = AutoModelForCausalLM.from_pretrained(packed / "plain").state_dict()
+    for name, tensor in stage.model.state_dict().items():
+        assert torch.equal(tensor.cpu(), whole[name]), name
 
 
 # ---- the way onto the device -----------------------------------------------------------------------------------------

@@ -156,6 +156,15 @@ def test_fp8_scales_of_a_whole_matrix_or_of_rows(scale_shape: tuple[int, ...]) -
     assert torch.equal(found, (weight.float() * scale).bfloat16())
 
 
+def test_fp8_scales_that_are_exponents() -> None:
+    weight = torch.randn(255, 32).to(torch.float8_e4m3fn)
+    scale = torch.arange(255, dtype=torch.uint8)[:, None]
+    found = unpack(
+        "w", {"weight": weight, "scale": scale}, (255, 32), Packing(method="fp8", block=(1, 32)), torch.float32
+    )
+    assert torch.equal(found, weight.float() * torch.ldexp(torch.ones(255, 1), torch.arange(255)[:, None] - 127))
+
+
 @pytest.mark.parametrize("rows", [1 << 13, 33])
 def test_a_large_weight_is_unpacked_piece_by_piece(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr("shardlift.worker.unpack._PIECE", 1 << 12)
@@ -353,6 +362,36 @@ def test_what_nobody_reads_is_refused_by_name(said: Mapping[str, Any], mentioned
         packing_of({"quantization_config": said})
     assert mentioned in str(caught.value)
     assert "load a checkpoint in 16 or 32 bits" in str(caught.value)
+
+
+@pytest.mark.parametrize("block", [3, [0, 128], [128], ["a", "b"], [128, True]], ids=str)
+def test_blocks_that_are_none(block: Any) -> None:
+    with pytest.raises(CorruptCheckpointError, match="weight_block_size"):
+        packing_of({"quantization_config": {"quant_method": "fp8", "weight_block_size": block}})
+
+
+def test_only_bitsandbytes_quantizes_on_the_way_in() -> None:
+    with pytest.raises(InvalidRequestError, match="quantization_config says hqq"):
+        settle({"model_type": "llama"}, {"quant_method": "hqq"})
+
+
+def test_packed_weights_that_the_config_does_not_tell_of(plain: Checkpoints, tmp_path: Path) -> None:
+    """As AutoGPTQ wrote them once, with a file of their own."""
+    folder = packing.rewrite(plain("llama"), tmp_path / "gptq", packing.gptq(), packing.gptq_config())
+    change_config(folder, quantization_config=None)
+    with pytest.raises(TensorMismatchError, match=r"quantize_config\.json"):
+        planned(folder, stages=1)
+
+
+def test_an_order_that_is_missing(plain: Checkpoints, tmp_path: Path) -> None:
+    folder = packing.rewrite(
+        plain("llama"), tmp_path / "gptq", packing.gptq(order=True), packing.gptq_config(order=True)
+    )
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.g_idx"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TensorMismatchError, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.g_idx"):
+        planned(folder, stages=1)
 
 
 @pytest.mark.parametrize(

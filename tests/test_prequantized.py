@@ -19,7 +19,7 @@ from shardlift.cluster.checkpoint import CheckpointRequest
 from shardlift.cluster.devices import parse_devices
 from shardlift.cluster.plan import PlanOptions
 from shardlift.cluster.planning import ModelOptions, plan_model
-from shardlift.proto.v1.errors import InvalidRequestError, OutOfMemoryError, TensorMismatchError
+from shardlift.proto.v1.errors import InvalidRequestError, OutOfMemoryError, TensorMismatchError, UnsupportedModelError
 from shardlift.worker import quantize_cpu
 from shardlift.worker.experts import Experts4bit
 from shardlift.worker.loader import LoadProgress, load_stage
@@ -51,6 +51,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 CASES = [
     *(("llama", kind) for kind in KINDS),
+    ("llama, tied", "nf4+double"),
     ("gpt2", "nf4+double"),
     ("gpt2", "int8"),
     ("mixtral", "nf4"),
@@ -77,7 +78,8 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
 
     def get(family: str, kind: str) -> Path:
         if family not in plain:
-            plain[family] = tiny(family, root / family, layers=LAYERS, dtype="bfloat16")
+            name, _, tied = family.partition(", ")
+            plain[family] = tiny(name, root / family, layers=LAYERS, dtype="bfloat16", tied=True if tied else None)
         if (family, kind) not in made:
             made[family, kind] = save_quantized(plain[family], root / f"{family}-{len(made)}", **KINDS[kind])
         return made[family, kind]
@@ -132,6 +134,7 @@ def test_every_tensor_is_the_checkpoints(quantized: Checkpoints, family: str, ki
     ("family", "kind", "cuts"),
     [
         ("llama", "nf4+double", ((), (1,), (1, 2))),
+        ("llama, tied", "nf4+double", ((1, 2),)),
         ("llama", "fp4 in bf16", ((1, 2),)),
         ("llama", "int8", ((1, 2),)),
         ("gpt2", "nf4+double", ((1, 2),)),
@@ -318,6 +321,16 @@ def test_requests_that_contradict_it_are_refused(quantized: Checkpoints) -> None
         planned(folder, quantization=nf4().to_dict(), requantize=True)
     with pytest.raises(InvalidRequestError, match="quantized with bitsandbytes, but quantization_config says gptq"):
         planned(folder, quantization={"quant_method": "gptq", "bits": 4})
+
+
+def test_weights_that_only_computing_quantizes_are_no_quantized_checkpoint(quantized: Checkpoints) -> None:
+    """transformers can save such a model, and not load it."""
+    folder = quantized("llama", "int8")
+    overrides = {
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_has_fp16_weight": True}
+    }
+    with pytest.raises(UnsupportedModelError, match="llm_int8_has_fp16_weight"):
+        planned(folder, config_overrides=overrides)
 
 
 def test_a_refusal_for_want_of_memory_names_no_quantization(quantized: Checkpoints) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..proto.v1.errors import TensorMismatchError, UnsupportedModelError
+from ..proto.v1.errors import CorruptCheckpointError, TensorMismatchError, UnsupportedModelError
 from .records import TensorRecord
 
 AWQ, COMPRESSED, FP8, GPTQ, MXFP4 = "awq", "compressed-tensors", "fp8", "gptq", "mxfp4"
@@ -52,13 +52,15 @@ class Packing:
     """How a checkpoint packs its weights.
 
     method: one of AWQ, COMPRESSED, FP8, GPTQ, MXFP4. zero_offset: GPTQ's, added to each stored zero point. group_size:
-    inputs that share a scale, where no `g_idx` says it; 0 where the shapes do. block: rows and columns that share an
-    FP8 scale; None where the shapes say it. config: compressed-tensors' own, whose package reads it.
+    inputs that share a scale, where no `g_idx` says it; 0 where the shapes do. has_order: every weight needs a `g_idx`.
+    block: rows and columns that share an FP8 scale; None where the shapes say it. config: compressed-tensors' own,
+    whose package reads it.
     """
 
     method: str
     zero_offset: int = 0
     group_size: int = 0
+    has_order: bool = False
     block: tuple[int, int] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -101,6 +103,11 @@ def quantization_method(config: Mapping[str, Any]) -> str:
     return str(getattr(method, "value", method))
 
 
+def has_plain_weights(config: Mapping[str, Any]) -> bool:
+    """Whether bitsandbytes, which the checkpoint is said to be quantized with, keeps its weights as they are."""
+    return bool(_quantization(config).get("llm_int8_has_fp16_weight"))
+
+
 def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
     text = config.get("text_config")
     for place in (config, text if isinstance(text, Mapping) else {}):
@@ -128,13 +135,20 @@ def packing_of(config: Mapping[str, Any]) -> Packing | None:
             raise _unsupported(f"{method} in {bits} bits", "gptqmodel", "only 4 bits can be unpacked here")
         return Packing(method=AWQ)
     if method in (FP8, "mxfp8"):
-        block = said.get("weight_block_size")
-        return Packing(method=FP8, block=(int(block[0]), int(block[1])) if block else None)
+        return Packing(method=FP8, block=_block(said.get("weight_block_size")))
     if method == MXFP4:
         return Packing(method=MXFP4)
     if method == COMPRESSED:
         return Packing(method=COMPRESSED, config=dict(said))
     raise _unsupported(method, _PACKAGES.get(method, ""))
+
+
+def _block(size: object) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    if not isinstance(size, list) or len(size) != 2 or not all(type(each) is int and each > 0 for each in size):
+        raise CorruptCheckpointError(f"config.json has weight_block_size {size!r}: two numbers above 0 are needed")
+    return size[0], size[1]
 
 
 def _gptq(said: Mapping[str, Any]) -> Packing:
@@ -146,7 +160,10 @@ def _gptq(said: Mapping[str, Any]) -> Packing:
         raise _unsupported(f"gptq in {bits} bits", "gptqmodel", "2, 3, 4 and 8 can be unpacked here")
     size = said.get("group_size")
     return Packing(
-        method=GPTQ, zero_offset=_GPTQ_FORMATS[layout], group_size=size if isinstance(size, int) and size > 0 else 0
+        method=GPTQ,
+        zero_offset=_GPTQ_FORMATS[layout],
+        group_size=size if isinstance(size, int) and size > 0 else 0,
+        has_order=bool(said.get("desc_act")),
     )
 
 
@@ -197,8 +214,9 @@ def _gptq_weight(key: str, records: Mapping[str, TensorRecord], packing: Packing
     if name != "qweight":
         return None
     parts = {role: _part(records, stem + dot + role, key) for role in ("qweight", "qzeros", "scales")}
-    if (g_idx := records.get(f"{stem}{dot}g_idx")) is not None:
-        parts["g_idx"] = g_idx
+    g_idx = records.get(f"{stem}{dot}g_idx")
+    if g_idx is not None or packing.has_order:
+        parts["g_idx"] = g_idx = _part(records, f"{stem}{dot}g_idx", key)
     qweight, qzeros, scales = parts["qweight"], parts["qzeros"], parts["scales"]
     _expect(qweight, 2, _INTEGERS)
     _expect(qzeros, 2, _INTEGERS)
@@ -318,12 +336,12 @@ def _compressed_weight(key: str, records: Mapping[str, TensorRecord], packing: P
 def _compressed_bits(config: Mapping[str, Any]) -> int:
     groups = config.get("config_groups")
     bits = {
-        group["weights"].get("num_bits")
+        str(group["weights"].get("num_bits"))
         for group in (groups.values() if isinstance(groups, Mapping) else ())
         if isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping)
     }
-    if len(bits) != 1 or not (bits <= {4, 8}):
-        found = ", ".join(map(str, sorted(map(str, bits)))) or "none"
+    if len(bits) != 1 or not (bits <= {"4", "8"}):
+        found = ", ".join(sorted(bits)) or "none"
         raise UnsupportedModelError(
             f"the checkpoint packs weights with compressed-tensors in {found} bits: it can be loaded where all its "
             "packed weights have 4, or 8"

@@ -109,8 +109,7 @@ def _fp8(key: str, parts: Parts, packing: Packing, weight: torch.Tensor) -> None
     quantized, scales = parts["weight"], parts["scale"]
     rows, columns = weight.shape[-2:]
     high, wide = fp8_block(tuple(weight.shape), tuple(scales.shape), packing.block)
-    # A byte is an exponent (E8M0).
-    scales = torch.exp2(scales.float() - 127) if scales.dtype == torch.uint8 else scales.float()
+    scales = _powers(scales) if scales.dtype == torch.uint8 else scales.float()
     flat = quantized.reshape(-1, rows, columns)
     into, scales = weight.view(-1, rows, columns), scales.reshape(len(flat), -(-rows // high), -(-columns // wide))
     step = max(1, _PIECE // columns // high) * high
@@ -131,8 +130,12 @@ def _mxfp4(key: str, parts: Parts, packing: Packing, weight: torch.Tensor) -> No
             end = min(start + step, outputs)
             piece = expert[start:end]
             both = torch.stack([values[(piece & 15).int()], values[(piece >> 4).int()]], -1)
-            scale = torch.exp2(exponents[start:end].float() - 127)[:, :, None]
-            result[:, start:end] = (both.flatten(2) * scale).flatten(1).t()
+            result[:, start:end] = (both.flatten(2) * _powers(exponents[start:end])[:, :, None]).flatten(1).t()
+
+
+def _powers(exponents: torch.Tensor) -> torch.Tensor:
+    """E8M0: a byte b is 2 ** (b - 127), as float32, by its bits; the least one is none of float32's normal numbers."""
+    return (exponents.int() << 23).clamp_(min=1 << 22).view(torch.float32)
 
 
 _UNPACK = {AWQ: _awq, FP8: _fp8, GPTQ: _gptq, MXFP4: _mxfp4}
