@@ -84,10 +84,12 @@ class DescribedModel:
             kind = values.get("model_type", "")
             config_class = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PreTrainedConfig  # noqa: SIM401 - its get() imports all
             config = config_class.from_dict(values)
-            if info.quantization_config_json:
+            # What the checkpoint brings, or was asked for.
+            quantization = json.loads(info.quantization_config_json or "null") or values.get("quantization_config")
+            if isinstance(quantization, dict) and {"load_in_4bit", "load_in_8bit"} & quantization.keys():
                 from transformers import BitsAndBytesConfig
 
-                config.quantization_config = BitsAndBytesConfig.from_dict(json.loads(info.quantization_config_json))
+                config.quantization_config = BitsAndBytesConfig.from_dict(quantization)
             self._config = config
         return self._config
 
@@ -168,7 +170,7 @@ class DescribedModel:
 
     @property
     def is_quantized(self) -> bool:
-        return bool(self._known().quantization_config_json)
+        return hasattr(self.config, "quantization_config")
 
     @property
     def is_loaded_in_4bit(self) -> bool:

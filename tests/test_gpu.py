@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from shardlift.cluster.checkpoint import CheckpointRequest
@@ -17,6 +18,7 @@ from shardlift.proto.v1.errors import OutOfMemoryError
 from shardlift.worker.fetch import part_bytes
 from shardlift.worker.loader import LoadProgress, load_stage
 from shardlift.worker.part_cache import PartCache
+from shardlift.worker.saving import StageSaver
 from shardlift.worker.serialized import serialize
 from shardlift.worker.spec import StageSpec
 from shardlift.worker.timeline import COPY, FETCH
@@ -207,3 +209,29 @@ def test_a_device_that_is_too_small_is_named(large: Path) -> None:
         del taken
         torch.cuda.empty_cache()
     assert total > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_stages_on_a_gpu_are_saved_as_transformers_saves_the_whole_model(
+    family: str, kind: str, tmp_path: Path
+) -> None:
+    folder = checkpoints.tiny(family, tmp_path / family, layers=4, dtype="bfloat16")
+    config = KINDS[kind]
+    whole = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.bfloat16, device_map={"": DEVICE}
+    )
+    whole.save_pretrained(tmp_path / "whole")
+    expected = {
+        name: tensor for file in (tmp_path / "whole").glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
+    quantization = None if config is None else config.to_dict()
+    found: dict[str, torch.Tensor] = {}
+    for stage in ring.load(folder, (1, 3), quantization=quantization, dtype="bfloat16", device=DEVICE):
+        saver = StageSaver(stage, lambda look: look())
+        for file in saver.plan(100_000, keep_quantized_experts=False).files:
+            found |= load(b"".join([file.header, *saver.data(file)]))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
