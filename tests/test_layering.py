@@ -20,9 +20,9 @@ ALLOWED = {
 }
 PURE = [
     *(f"worker.{name}" for name in ("records", "headers", "chunks", "timeline", "byte_sizes")),
-    *(f"worker.{name}" for name in ("anatomy", "spec", "fetch", "quantization", "packed")),
+    *(f"worker.{name}" for name in ("anatomy", "spec", "code_spec", "adapter_spec", "fetch", "quantization", "packed")),
     *(f"cluster.{name}" for name in ("sizes", "devices", "partition", "plan", "pace", "load_time")),
-    *(f"cluster.{name}" for name in ("blocks", "slowest", "spread", "refusal", "device_map", "quantized")),
+    *(f"cluster.{name}" for name in ("blocks", "slowest", "spread", "refusal", "device_map", "quantized", "shrink")),
     *(f"proto.v1.{name}" for name in ("errors", "frames", "wire")),
 ]
 # How transformers loads and quantizes: no promise of theirs covers it.
@@ -100,6 +100,10 @@ def test_pure_modules_import_nothing_heavy() -> None:
     code += "print(*({'ray', 'torch', 'transformers', 'bitsandbytes'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == []
+
+
+def test_peft_is_in_one_module_and_in_the_property_that_gives_its_objects() -> None:
+    assert {module for module in modules() if imports_any_of(module, "peft")} == {"worker.adapters", "client.described"}
 
 
 def test_transformers_loading_internals_are_in_one_module() -> None:
