@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import shardlift
 from shardlift.cluster.checkpoint import CheckpointRequest, read_checkpoint
+from shardlift.cluster.config_limits import MOST_LAYERS
 from shardlift.cluster.gateway_options import GatewayOptions
 from shardlift.cluster.planning import ModelOptions, outline_model
 from shardlift.proto.v1 import inference_pb2, limits, registry_pb2, wire
@@ -30,6 +31,8 @@ from shardlift.proto.v1.errors import (
 )
 from shardlift.proto.v1.status import from_rpc_error, sent_by_us, to_status
 from shardlift.proto.v1.tensor_pb2 import Tensor
+from shardlift.worker.headers import MAX_HEADER_BYTES
+from shardlift.worker.links import MOST_GROUPED
 from shardlift.worker.tensors import to_message
 from tests.support import checkpoints, gateway, ring
 
@@ -423,3 +426,39 @@ def test_no_bytes_make_a_check_fail_otherwise(data: bytes) -> None:
             continue
         with contextlib.suppress(InvalidRequestError):
             check(message)  # type: ignore[operator]
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_has_the_codes_numbers() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "security.md").read_text(encoding="utf-8")
+    table = page.partition("## How much a request may ask for")[2].partition("\n## ")[0]
+    rows = {row.split("|")[1].strip(): row for row in table.splitlines() if row.startswith("| ")}
+
+    def row(begins: str) -> str:
+        (found,) = (text for what, text in rows.items() if what.startswith(begins))
+        return found
+
+    for begins, numbers in (
+        ("calls at a time", [wire.MAX_STREAMS, wire.MAX_CALLS]),
+        ("rows of a batch", [limits.MOST_ROWS]),
+        ("tokens: rows", [limits.MOST_TOKENS]),
+        ("copies of a row", [limits.MOST_COPIES]),
+        ("a prompt", [limits.MOST_PROMPT_CHARACTERS]),
+        ("messages of", [limits.MOST_CHAT_MESSAGES]),
+        ("fields of", [limits.MOST_GENERATION_VALUES, limits.MOST_GENERATION_DEPTH]),
+        ("`stop_strings`", [limits.MOST_STOP_STRINGS, limits.MOST_STOP_CHARACTERS]),
+        ("`bad_words_ids`", [limits.MOST_TOKEN_LISTS]),
+        ("a model's name", [limits.MOST_NAME_CHARACTERS, limits.MOST_PATH_CHARACTERS, limits.MOST_WORD_CHARACTERS]),
+        ("`config`", [limits.MOST_JSON_CHARACTERS]),
+        ("entries of", [limits.MOST_MAP_ENTRIES]),
+        ("`num_stages`", [limits.MOST_STAGES, limits.MOST_SESSIONS]),
+        ("layers of", [MOST_LAYERS]),
+        ("steps in a group", [MOST_GROUPED]),
+        ("a safetensors header", [MAX_HEADER_BYTES]),
+    ):
+        assert [f"{number:,}" for number in numbers if f"{number:,}" not in row(begins)] == [], begins
+    assert wire.MAX_MESSAGE_BYTES == 4 << 20
+    assert wire.MAX_METADATA_BYTES == 16 << 10
+    assert limits.MOST_RESERVED_TOKENS == 1 << 40

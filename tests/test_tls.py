@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 import shardlift
 from shardlift.client import channel
 from shardlift.client.gateway import Gateway as GatewayConnection
+from shardlift.client.hub_token import hub_token
 from shardlift.cluster import gateway as gateway_module
 from shardlift.cluster.gateway import Gateway
 from shardlift.cluster.gateway_options import GatewayOptions
@@ -289,12 +290,15 @@ def test_addresses_with_a_scheme() -> None:
 def test_a_token_in_plain_text_is_warned_of(address: str) -> None:
     with pytest.warns(UserWarning, match=rf"token goes to {address} in plain text.*grpcs://"):
         GatewayConnection(address, TOKEN).close()
+    with pytest.warns(UserWarning, match=rf"Hub token goes to {address} in plain text"):
+        assert hub_token("hf_x", address) == "hf_x"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "grpc://gateway.example:1", "grpcs://gateway.example:1"])
 def test_but_not_where_it_stays_here_or_is_meant(address: str) -> None:
     GatewayConnection(address, TOKEN).close()
     GatewayConnection("gateway.example:1", None).close()
+    assert hub_token("hf_x", address) == "hf_x"
 
 
 def test_nobody_there_is_no_failure_of_tls(authority: Authority) -> None:
