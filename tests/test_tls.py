@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pickle
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -19,12 +21,11 @@ import shardlift
 from shardlift.client import channel
 from shardlift.client.gateway import Gateway as GatewayConnection
 from shardlift.client.hub_token import hub_token
-from shardlift.cluster import gateway as gateway_module
-from shardlift.cluster.gateway import Gateway
 from shardlift.cluster.gateway_options import GatewayOptions
 from shardlift.proto.v1 import credentials
 from shardlift.proto.v1.errors import AuthenticationError, GatewayUnavailableError, InvalidRequestError
 from shardlift.proto.v1.tls import TLS, client_tls, gateway_tls, stage_tls
+from tests.support import gateway
 from tests.support.certificates import Authority
 
 TOKEN = "the-gateways-token"
@@ -45,25 +46,16 @@ Serve = Callable[..., Awaitable[str]]
 
 
 @pytest.fixture
-async def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Serve]:
-    """Starts a gateway as an operator's options say, on a cluster without models; its address."""
-
-    async def nothing_resident(self: object) -> None:
-        return None
-
-    # All that a gateway wants of Ray while it has no model.
-    monkeypatch.setattr(gateway_module.Registry, "recover", nothing_resident)
-    running: list[Gateway] = []
+async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
+    """Starts a gateway without models, as an operator's options say; its address."""
     (tmp_path / "token").write_text(TOKEN)
+    async with contextlib.AsyncExitStack() as running:
 
-    async def start(tls: TLS | None, **options: object) -> str:
-        gateway = Gateway(GatewayOptions(tls=tls, token_file=str(tmp_path / "token"), **options))  # type: ignore[arg-type]
-        running.append(gateway)
-        return await gateway.start()
+        async def start(tls: TLS | None, **options: Any) -> str:
+            given = GatewayOptions(tls=tls, token_file=str(tmp_path / "token"), **options)
+            return await running.enter_async_context(gateway.serve(given))
 
-    yield start
-    for gateway in running:
-        await gateway.stop(unload=False, grace_s=0)
+        yield start
 
 
 async def names(address: str, tls: TLS | None, token: str | None = TOKEN) -> list[str]:
