@@ -3,6 +3,7 @@ stage is killed in the middle of a stream, after all certificates were replaced.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -72,9 +73,13 @@ def instance(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 def stage_processes(instance: dict[str, object]) -> list[psutil.Process]:
-    """The stages' workers, the first stage's first."""
-    children = psutil.Process(int(str(instance["pid"]))).children(recursive=True)
-    return sorted((each for each in children if "StageWorker" in " ".join(each.cmdline())), key=lambda each: each.pid)
+    """The stages' workers, the first that was started first."""
+    found = []
+    for process in psutil.Process(int(str(instance["pid"]))).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # one that is just ending
+            if "StageWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return sorted(found, key=lambda each: each.pid)
 
 
 @pytest.mark.timeout(600)
