@@ -97,11 +97,11 @@ def is_same(address: str, other: str) -> bool:
     return _split(address)[1] == _split(other)[1]
 
 
-def warn_of_plain_text(address: str, token: str | None) -> None:
+def warn_of_plain_text(address: str, token: str | None, what: str = "gateway token") -> None:
     """Warns where `token` would travel for all to read. "grpc://" says that it may: behind a mesh that encrypts."""
     if token is not None and not address.startswith((SECURE, PLAIN)) and not is_loopback(address):
         warnings.warn(
-            f"the gateway token goes to {address} in plain text: have the gateway use TLS and write "
+            f"the {what} goes to {address} in plain text: have the gateway use TLS and write "
             f"grpcs://{address}, or, where the network is safe, grpc://{address}",
             UserWarning,
             stacklevel=outside_level(),

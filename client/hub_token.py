@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 
 from ..proto.v1.errors import InvalidRequestError
-from .channel import is_loopback
+from .channel import is_loopback, warn_of_plain_text
 
 
 def hub_token(token: str | bool | None, address: str) -> str | None:
     """The token to send to the gateway at `address`.
 
-    A token that is passed as a string always goes; the one of this environment (HF_TOKEN, or `hf auth login`) goes to
-    a gateway on this machine alone; `False` sends none. Raises InvalidRequestError for `True` where there is none, or
-    where it would travel.
+    A token that is passed as a string always goes, with a warning where it would travel in plain text; the one of this
+    environment (HF_TOKEN, or `hf auth login`) goes to a gateway on this machine alone; `False` sends none. Raises
+    InvalidRequestError for `True` where there is none, or where it would travel.
     """
     if isinstance(token, str):
+        warn_of_plain_text(address, token or None, "Hub token")
         return token or None
     if token is False:
         return None

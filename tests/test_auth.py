@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -13,10 +14,15 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
+from shardlift.cluster import requests, up
 from shardlift.cluster.auth import TokenInterceptor, is_loopback, keep_token, read_token
+from shardlift.cluster.gateway_options import GatewayOptions
+from shardlift.cluster.instance_file import home
 from shardlift.proto.v1 import inference_pb2, inference_pb2_grpc, registry_pb2, registry_pb2_grpc
-from shardlift.proto.v1.errors import AuthenticationError, InvalidRequestError
+from shardlift.proto.v1.errors import AuthenticationError, InvalidRequestError, UnsupportedModelError
 from shardlift.proto.v1.status import from_rpc_error
+from shardlift.proto.v1.tls import TLS
+from tests.support.certificates import Authority
 
 TOKEN = "s3cret_token-of-the-gateway"
 
@@ -47,6 +53,111 @@ def test_a_token_is_kept_until_another_is_given(tmp_path: Path) -> None:
     assert file.read_text() == "mine"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert read_token(str(keep_token(tmp_path, None))) == "mine"
+
+
+def test_a_file_that_others_may_read_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "token"
+    for mode in (0o644, 0o640, 0o606):
+        file.write_text("mine")
+        file.chmod(mode)
+        assert keep_token(tmp_path, None) == file
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    # As Kubernetes mounts a Secret: root's, and its group's. That is not for us to change.
+    monkeypatch.setattr(os, "getuid", lambda: file.stat().st_uid + 1)
+    file.chmod(0o440)
+    assert keep_token(tmp_path, None) == file
+    assert stat.S_IMODE(file.stat().st_mode) == 0o440
+    file.chmod(0o444)
+    with pytest.raises(InvalidRequestError, match=r"another user's, and has mode 0444"):
+        keep_token(tmp_path, None)
+
+
+def test_a_token_is_never_there_for_others_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not under its own name, nor under the one that it is written by; and a write that fails leaves nothing."""
+    seen: list[int] = []
+
+    def look_and_fail(source: str, target: Path) -> None:
+        seen.append(stat.S_IMODE(os.stat(source).st_mode))
+        assert not target.exists()
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(os, "replace", look_and_fail)
+    previous = os.umask(0)
+    try:
+        with pytest.raises(OSError, match="full"):
+            keep_token(tmp_path / "home", None)
+    finally:
+        os.umask(previous)
+    assert seen == [0o600]
+    assert list((tmp_path / "home").iterdir()) == []
+    assert stat.S_IMODE((tmp_path / "home").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("token", [" x", "x\n", "gehörig", "\x00", "x" * 4097])
+def test_a_token_that_no_header_carries_is_refused(tmp_path: Path, token: str) -> None:
+    with pytest.raises(InvalidRequestError, match="SHARDLIFT_TOKEN") as refused:
+        keep_token(tmp_path, token)
+    assert token.strip() not in str(refused.value) or not token.strip()[1:]
+    assert list(tmp_path.iterdir()) == []
+
+
+def flags(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=50051)
+    up._add_security(parser)
+    return parser.parse_args(words)
+
+
+def test_what_up_makes_of_its_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    authority = Authority(tmp_path / "ca")
+    server = authority.issue("server")
+    assert up._gateway_options(flags()) == GatewayOptions(port=50051)
+    # Beyond loopback there is a token, whatever else there is.
+    open_ = up._gateway_options(flags("--host", "0.0.0.0", "--allow-remote-code"))
+    assert open_.token_file == str(home() / "token")
+    assert open_.allow_remote_code
+    tls = ("--tls-cert", str(server.cert), "--tls-key", str(server.key))
+    options = up._gateway_options(flags("--host", "0.0.0.0", *tls, "--health-port", "7"))
+    assert options.token_file == str(home() / "token")
+    assert (options.tls, options.health_host, options.health_port) == (
+        TLS(cert=server.cert, key=server.key),
+        "0.0.0.0",
+        7,
+    )
+    assert up._health_address(options) == "127.0.0.1:7"
+    # From the environment, and from where it is that `up` was called.
+    monkeypatch.chdir(tmp_path / "ca")
+    for name, value in (("CERT", "server.crt"), ("KEY", "server.key"), ("CLIENT_CA", "ca.crt")):
+        monkeypatch.setenv(f"SHARDLIFT_TLS_{name}", value)
+    assert up._gateway_options(flags()).tls == server
+    monkeypatch.setenv("SHARDLIFT_TLS_KEY", "missing.key")
+    with pytest.raises(InvalidRequestError, match=r"missing\.key can't be read"):
+        up._gateway_options(flags())
+    for name in ("CERT", "KEY", "CLIENT_CA"):
+        monkeypatch.delenv(f"SHARDLIFT_TLS_{name}")
+    with pytest.raises(InvalidRequestError, match="--health-port"):
+        up._gateway_options(flags("--health-port", "7"))
+    with pytest.raises(InvalidRequestError, match="mutual"):
+        up._gateway_options(flags("--stage-tls-cert", "x"))
+
+
+def test_a_gateway_that_runs_is_not_taken_for_one_that_is_safer() -> None:
+    plain, tls = GatewayOptions(), TLS(cert="c", key="k")
+    assert plain.lacking(GatewayOptions(tls=tls, allow_remote_code=True)) == []
+    assert GatewayOptions(tls=tls).lacking(plain) == ["--tls-cert"]
+    assert GatewayOptions(stage_tls=tls, allow_remote_code=True).lacking(GatewayOptions(tls=tls)) == [
+        "--stage-tls-cert",
+        "--allow-remote-code",
+    ]
+
+
+def test_remote_code_is_the_operators_to_allow() -> None:
+    source = registry_pb2.ModelSource(path="x", trust_remote_code=True)
+    requests.check_remote_code(source, allowed=True)
+    requests.check_remote_code(registry_pb2.ModelSource(path="x"), allowed=False)
+    with pytest.raises(UnsupportedModelError, match="shardlift up --allow-remote-code"):
+        requests.check_remote_code(source, allowed=False)
 
 
 def test_reading(tmp_path: Path) -> None:
@@ -163,6 +274,9 @@ async def test_health_is_open_and_reflection_is_not(channel: grpc.aio.Channel) -
     stub = health_pb2_grpc.HealthStub(channel)
     answer = await stub.Check(health_pb2.HealthCheckRequest())
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    with pytest.raises(grpc.aio.AioRpcError) as watched:
+        await anext(aiter(stub.Watch(health_pb2.HealthCheckRequest())))
+    assert watched.value.code() is grpc.StatusCode.UNAUTHENTICATED, "it would hold a place among the calls"
     call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
         iter([reflection_pb2.ServerReflectionRequest(list_services="")])
     )

@@ -606,6 +606,7 @@ def test_jsonable() -> None:
 # The Hub token
 
 
+@pytest.mark.filterwarnings("ignore:the Hub token goes to 10.0.0.1")
 @pytest.mark.parametrize(
     ("token", "address", "sent"),
     [

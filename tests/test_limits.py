@@ -18,10 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shardlift
+from shardlift.cluster import gateway as gateway_module
 from shardlift.cluster.checkpoint import CheckpointRequest, read_checkpoint
+from shardlift.cluster.config_limits import MOST_LAYERS
 from shardlift.cluster.gateway_options import GatewayOptions
 from shardlift.cluster.planning import ModelOptions, outline_model
-from shardlift.proto.v1 import inference_pb2, limits, registry_pb2, wire
+from shardlift.proto.v1 import inference_pb2, inference_pb2_grpc, limits, registry_pb2, registry_pb2_grpc, wire
 from shardlift.proto.v1.errors import (
     CorruptCheckpointError,
     InvalidRequestError,
@@ -30,7 +32,11 @@ from shardlift.proto.v1.errors import (
 )
 from shardlift.proto.v1.status import from_rpc_error, sent_by_us, to_status
 from shardlift.proto.v1.tensor_pb2 import Tensor
+from shardlift.worker.headers import MAX_HEADER_BYTES
+from shardlift.worker.links import MOST_GROUPED
+from shardlift.worker.records import SourceSpec
 from shardlift.worker.tensors import to_message
+from shardlift.worker.tokenizer import load_tokenizer
 from tests.support import checkpoints, gateway, ring
 
 TOKEN = "the-gateways-token"
@@ -323,29 +329,44 @@ async def test_what_is_at_the_limit_is_taken(address: str) -> None:
         assert ids_.shape[0] == 1
 
 
-async def test_calls_beyond_a_servers_number_are_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shown on a server of three calls: the number is another for the gateway's, the refusal is the same."""
-    server = grpc.aio.server(options=wire.SERVER_OPTIONS, maximum_concurrent_rpcs=3)
-    over = asyncio.Event()
+async def test_calls_beyond_a_servers_number_are_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shown on a gateway of three: who is there stays, who comes is refused, and there is room when one has gone."""
+    monkeypatch.setattr(gateway_module, "MAX_CALLS", 3)
+    specs = ring.specs(folder, (2,))
+    async with (
+        ring.serve(ring.load(folder, (2,))) as stages,
+        gateway.serve(GatewayOptions(), stages, specs) as served,
+        grpc.aio.insecure_channel(served) as channel,
+    ):
+        inference = inference_pb2_grpc.InferenceServiceStub(channel)
 
-    async def wait(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        await over.wait()
-        return b""
+        async def session() -> Any:
+            """A session that has begun."""
+            call = inference.Session()
+            action = inference_pb2.ForwardRequest(input_ids=to_message(IDS))
+            await call.write(inference_pb2.SessionRequest(model=gateway.NAME, forward=action))
+            while (await call.read()).WhichOneof("event") != "done":
+                pass
+            return call
 
-    handler = grpc.unary_unary_rpc_method_handler(wait)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("x", {"wait": handler}),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        calls = [channel.unary_unary("/x/wait")(b"") for _ in range(5)]
-        done, _ = await asyncio.wait(
-            [asyncio.ensure_future(call.code()) for call in calls], timeout=20, return_when="FIRST_COMPLETED"
-        )
-        assert {each.result() for each in done} == {EXHAUSTED}
-        over.set()
-        codes = [await call.code() for call in calls]
-        assert codes.count(grpc.StatusCode.OK) == 3
-    await server.stop(None)
+        sessions = [await session() for _ in range(3)]
+        error = await failure(channel, "ListModels", b"")
+        assert error.code() is EXHAUSTED
+        await sessions[0].write(inference_pb2.SessionRequest(keep=3))
+        assert (await sessions[0].read()).done.length == 3
+        sessions[1].cancel()
+        registry = registry_pb2_grpc.ModelRegistryServiceStub(channel)
+        for _ in range(200):
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                assert len((await registry.ListModels(registry_pb2.ListModelsRequest())).models) == 1
+                break
+            await asyncio.sleep(0.05)
+        else:
+            raise AssertionError("a call that has ended keeps its place")
+        for call in (sessions[0], sessions[2]):
+            call.cancel()
     assert dict(wire.SERVER_OPTIONS)["grpc.max_concurrent_streams"] < wire.MAX_CALLS, "one connection can't have all"
 
 
@@ -398,6 +419,9 @@ def test_a_checkpoints_files_are_bounded(folder: Path, tmp_path: Path) -> None:
         with pytest.raises(CorruptCheckpointError, match=said):
             read_checkpoint(CheckpointRequest(path=str(path)), None)
     assert (folder / index).exists()
+    large = SourceSpec(kind="folder", location=str(broken("tokenizer", "tokenizer.json", (128 << 20) + 1)))
+    with pytest.raises(CorruptCheckpointError, match=r"tokenizer.json has 134,217,729 bytes"):
+        load_tokenizer(large, None)
     path = broken("layers", "config.json", json.dumps({**config, "num_hidden_layers": 1_000_000}))
     with pytest.raises(UnsupportedModelError, match=r"num_hidden_layers=1000000; at most 4096"):
         outline_model(CheckpointRequest(path=str(path)), None, ModelOptions())
@@ -423,3 +447,39 @@ def test_no_bytes_make_a_check_fail_otherwise(data: bytes) -> None:
             continue
         with contextlib.suppress(InvalidRequestError):
             check(message)  # type: ignore[operator]
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_has_the_codes_numbers() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "security.md").read_text(encoding="utf-8")
+    table = page.partition("## How much a request may ask for")[2].partition("\n## ")[0]
+    rows = {row.split("|")[1].strip(): row for row in table.splitlines() if row.startswith("| ")}
+
+    def row(begins: str) -> str:
+        (found,) = (text for what, text in rows.items() if what.startswith(begins))
+        return found
+
+    for begins, numbers in (
+        ("calls at a time", [wire.MAX_STREAMS, wire.MAX_CALLS]),
+        ("rows of a batch", [limits.MOST_ROWS]),
+        ("tokens: rows", [limits.MOST_TOKENS]),
+        ("copies of a row", [limits.MOST_COPIES]),
+        ("a prompt", [limits.MOST_PROMPT_CHARACTERS]),
+        ("messages of", [limits.MOST_CHAT_MESSAGES]),
+        ("fields of", [limits.MOST_GENERATION_VALUES, limits.MOST_GENERATION_DEPTH]),
+        ("`stop_strings`", [limits.MOST_STOP_STRINGS, limits.MOST_STOP_CHARACTERS]),
+        ("`bad_words_ids`", [limits.MOST_TOKEN_LISTS]),
+        ("a model's name", [limits.MOST_NAME_CHARACTERS, limits.MOST_PATH_CHARACTERS, limits.MOST_WORD_CHARACTERS]),
+        ("`config`", [limits.MOST_JSON_CHARACTERS]),
+        ("entries of", [limits.MOST_MAP_ENTRIES]),
+        ("`num_stages`", [limits.MOST_STAGES, limits.MOST_SESSIONS]),
+        ("layers of", [MOST_LAYERS]),
+        ("steps in a group", [MOST_GROUPED]),
+        ("a safetensors header", [MAX_HEADER_BYTES]),
+    ):
+        assert [f"{number:,}" for number in numbers if f"{number:,}" not in row(begins)] == [], begins
+    assert wire.MAX_MESSAGE_BYTES == 4 << 20
+    assert wire.MAX_METADATA_BYTES == 16 << 10
+    assert limits.MOST_RESERVED_TOKENS == 1 << 40

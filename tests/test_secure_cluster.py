@@ -3,6 +3,7 @@ stage is killed in the middle of a stream, after all certificates were replaced.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -72,9 +73,13 @@ def instance(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 def stage_processes(instance: dict[str, object]) -> list[psutil.Process]:
-    """The stages' workers, the first stage's first."""
-    children = psutil.Process(int(str(instance["pid"]))).children(recursive=True)
-    return sorted((each for each in children if "StageWorker" in " ".join(each.cmdline())), key=lambda each: each.pid)
+    """The stages' workers, the first that was started first."""
+    found = []
+    for process in psutil.Process(int(str(instance["pid"]))).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # one that is just ending
+            if "StageWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return sorted(found, key=lambda each: each.pid)
 
 
 @pytest.mark.timeout(600)
@@ -126,12 +131,19 @@ def test_everything_on(
         with shardlift.connect() as another:
             again = another.model("secured").generate(IDS, max_new_tokens=8, do_sample=False)
         assert torch.equal(again, expected[:, : IDS.shape[1] + 8])
+        # A node without the files is named before anything is fetched, and nothing of the load is left.
+        key = authority.folder / "stage.key"
+        keys = [Path(authority.folder / f"{name}.key").read_bytes() for name in ("server", "client", "stage")]
+        key.unlink()
+        with pytest.raises(InvalidRequestError, match=r"stage\.key can't be read.*on node .*--stage-tls-cert"):
+            client.load(str(folder), name="nowhere", num_stages=2)
+        key.write_bytes(keys[-1])
+        eventually(lambda: len(stage_processes(instance)) == 2, "a stage is left")
         said = repr(seen) + repr(model.info()) + json.dumps(model.plan.to_dict())
 
     # No secret in what was told, nor in any log.
     shown = run("show", "secured", "--json")
     assert shown.returncode == 0, shown.stderr
-    keys = [Path(authority.folder / f"{name}.key").read_bytes() for name in ("server", "client", "stage")]
     secrets = [HUB_TOKEN.encode(), TOKEN.encode(), *(key.splitlines()[1] for key in keys)]
     texts = [said.encode(), shown.stdout.encode(), *(each.read_bytes() for each in logs(instance))]
     assert len(texts) > 10

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pickle
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -18,12 +20,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 import shardlift
 from shardlift.client import channel
 from shardlift.client.gateway import Gateway as GatewayConnection
-from shardlift.cluster import gateway as gateway_module
-from shardlift.cluster.gateway import Gateway
+from shardlift.client.hub_token import hub_token
 from shardlift.cluster.gateway_options import GatewayOptions
 from shardlift.proto.v1 import credentials
 from shardlift.proto.v1.errors import AuthenticationError, GatewayUnavailableError, InvalidRequestError
 from shardlift.proto.v1.tls import TLS, client_tls, gateway_tls, stage_tls
+from tests.support import gateway
 from tests.support.certificates import Authority
 
 TOKEN = "the-gateways-token"
@@ -44,25 +46,16 @@ Serve = Callable[..., Awaitable[str]]
 
 
 @pytest.fixture
-async def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Serve]:
-    """Starts a gateway as an operator's options say, on a cluster without models; its address."""
-
-    async def nothing_resident(self: object) -> None:
-        return None
-
-    # All that a gateway wants of Ray while it has no model.
-    monkeypatch.setattr(gateway_module.Registry, "recover", nothing_resident)
-    running: list[Gateway] = []
+async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
+    """Starts a gateway without models, as an operator's options say; its address."""
     (tmp_path / "token").write_text(TOKEN)
+    async with contextlib.AsyncExitStack() as running:
 
-    async def start(tls: TLS | None, **options: object) -> str:
-        gateway = Gateway(GatewayOptions(tls=tls, token_file=str(tmp_path / "token"), **options))  # type: ignore[arg-type]
-        running.append(gateway)
-        return await gateway.start()
+        async def start(tls: TLS | None, **options: Any) -> str:
+            given = GatewayOptions(tls=tls, token_file=str(tmp_path / "token"), **options)
+            return await running.enter_async_context(gateway.serve(given))
 
-    yield start
-    for gateway in running:
-        await gateway.stop(unload=False, grace_s=0)
+        yield start
 
 
 async def names(address: str, tls: TLS | None, token: str | None = TOKEN) -> list[str]:
@@ -289,12 +282,15 @@ def test_addresses_with_a_scheme() -> None:
 def test_a_token_in_plain_text_is_warned_of(address: str) -> None:
     with pytest.warns(UserWarning, match=rf"token goes to {address} in plain text.*grpcs://"):
         GatewayConnection(address, TOKEN).close()
+    with pytest.warns(UserWarning, match=rf"Hub token goes to {address} in plain text"):
+        assert hub_token("hf_x", address) == "hf_x"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "grpc://gateway.example:1", "grpcs://gateway.example:1"])
 def test_but_not_where_it_stays_here_or_is_meant(address: str) -> None:
     GatewayConnection(address, TOKEN).close()
     GatewayConnection("gateway.example:1", None).close()
+    assert hub_token("hf_x", address) == "hf_x"
 
 
 def test_nobody_there_is_no_failure_of_tls(authority: Authority) -> None:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from ..proto.v1.errors import InternalError, LoadCancelledError
+from ..proto.v1.errors import InternalError, InvalidRequestError, LoadCancelledError
 from ..proto.v1.status import to_error
+from ..proto.v1.tls import TLS
 from . import own_gpus
 from .records import HubToken
 from .spec import LoadReport, LoadSnapshot, ModuleBytes, StageSpec
@@ -76,6 +77,8 @@ class StageWorker:
 
         started = time.monotonic()
         try:
+            if self._spec.tls is not None:
+                _check_tls(self._spec.tls)
             cache = PartCache.from_environment() if self._spec.use_cache else None
             # A thread that ends with the load: OpenMP keeps a team for each thread that has computed, and with two
             # teams on its cores it stops spinning between kernels, which doubles the time of a decoding step.
@@ -197,6 +200,16 @@ class StageWorker:
             await asyncio.to_thread(self._keeping.join, _KEEPING_S)
         if self._server is not None:
             await self._server.stop()
+
+
+def _check_tls(tls: TLS) -> None:
+    """Before anything is fetched. Raises InvalidRequestError that names the node."""
+    from ..proto.v1.credentials import check
+
+    try:
+        check(tls)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"{error}; on node {ray.util.get_node_ip_address()} (--stage-tls-cert)") from None
 
 
 def _keep(keep: Callable[[], None]) -> None:

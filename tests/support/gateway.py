@@ -53,7 +53,7 @@ async def serve(
             gateway.registry._entries[NAME] = entry
         yield address
     finally:
-        await gateway.stop(unload=False, grace_s=0)
+        await gateway.stop(unload=False)
 
 
 def _report(address: str) -> LoadReport:
