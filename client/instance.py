@@ -42,6 +42,8 @@ class Instance:
     pid: int | None = None
     ray_address: str | None = None
     token_file: str | None = None
+    # URL of the page that shows the cluster.
+    page: str | None = None
 
     @property
     def token(self) -> str | None:
@@ -103,6 +105,9 @@ def start(
     ray_address: str | None = None,
     num_cpus: int | None = None,
     num_gpus: int | None = None,
+    page_port: str | None = None,
+    log_format: str | None = None,
+    log_level: str | None = None,
     timeout_s: float = START_TIMEOUT_S,
 ) -> Instance:
     """Starts a gateway, on a Ray of its own or on the cluster at `ray_address`, and returns once it answers.
@@ -129,6 +134,9 @@ def start(
             "--ray-address": ray_address,
             "--num-cpus": num_cpus,
             "--num-gpus": num_gpus,
+            "--page-port": page_port,
+            "--log-format": log_format,
+            "--log-level": log_level,
         }
         arguments = [text for name, value in options.items() if value is not None for text in (name, str(value))]
         instance = _launch(arguments, timeout_s)
@@ -249,6 +257,7 @@ def _from_dict(values: dict[str, Any]) -> Instance:
         pid=None if values.get("pid") is None else int(values["pid"]),
         ray_address=values.get("ray_address"),
         token_file=values.get("token_file"),
+        page=values.get("page"),
     )
 
 

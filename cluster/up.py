@@ -1,7 +1,7 @@
 """`python -m shardlift.cluster.up`: a gateway, on a Ray of its own or on a cluster that is there.
 
-Prints one JSON line, {"address", "pid", "ray_address", "token_file"}, once it serves; or {"error", "message"} and exits
-with 1. On a Ray of its own it stays, as that Ray's parent, until SIGTERM, and takes everything down with it.
+Prints one JSON line, {"address", "pid", "ray_address", "token_file", "page"}, once it serves; or {"error", "message"}
+and exits with 1. On a Ray of its own it stays, as that Ray's parent, until SIGTERM, and takes everything down with it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import ray
 
 from ..proto.v1.errors import GatewayUnavailableError, one_line
 from ..proto.v1.status import to_error
+from ..worker import logs
 from .auth import is_loopback, keep_token
 from .controller import start_controller, stop_controller
 from .instance_file import home
@@ -37,22 +38,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="accepted for symmetry: the output is always JSON")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=int(os.environ.get("SHARDLIFT_PORT") or DEFAULT_PORT))
+    parser.add_argument("--page-port", type=_page_port, default=os.environ.get("SHARDLIFT_PAGE_PORT"))
+    parser.add_argument("--log-format", choices=logs.FORMATS)
+    parser.add_argument("--log-level", type=str.upper, choices=logs.LEVELS)
     parser.add_argument("--ray-address")
     parser.add_argument("--num-cpus", type=int)
     parser.add_argument("--num-gpus", type=int)
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     try:
+        settings = logs.LogSettings.of(options.log_format, options.log_level)
+        logs.configure(settings)
         token_file = _token_file(options.host)
         if options.ray_address:
             _join(options.ray_address)
         else:
             _start_ray(options.num_cpus, options.num_gpus)
         port = options.port or _free_port(options.host)
-        address = start_controller(options.host, port, None if token_file is None else str(token_file))
+        # Without a word about it, the port after the gateway's own; of one that was chosen at random, another such.
+        page_port = _free_port(options.host) if options.page_port is None and not options.port else options.page_port
+        page_port = page_port or (None if page_port is None else _free_port(options.host))
+        address, page = start_controller(
+            options.host, port, None if token_file is None else str(token_file), page_port, settings
+        )
     except Exception as error:
         ours = to_error(error)
         print(json.dumps({"error": type(ours).__name__, "message": str(ours)}), flush=True)
@@ -63,6 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         "pid": None if options.ray_address else os.getpid(),
         "ray_address": ray.get_runtime_context().gcs_address,
         "token_file": token_file and str(token_file),
+        "page": page or None,
     }
     print(json.dumps(answer), flush=True)
     if not options.ray_address:
@@ -70,6 +81,15 @@ def main(arguments: list[str] | None = None) -> int:
         stop_controller(unload=True)
     ray.shutdown()
     return 0
+
+
+def _page_port(text: str) -> int:
+    """-1 for "off"."""
+    if text == "off":
+        return -1
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no port, and not off")
+    return int(text)
 
 
 def _free_port(host: str) -> int:

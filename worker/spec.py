@@ -44,6 +44,7 @@ class StageSpec:
     quantize_experts: as for `skeleton.build_skeleton`.
     connections: reads at a time. use_cache: read and keep quantized parts on the node. trace: keep every span's times.
     limits: for sessions. use_batches: compute single-token steps of several sessions together.
+    log_format, log_level: of the worker's log lines (`worker.logs`).
     """
 
     model: str
@@ -68,6 +69,8 @@ class StageSpec:
     quantize_experts: bool = False
     limits: SessionLimits = SessionLimits()
     use_batches: bool = True
+    log_format: str = "text"
+    log_level: str = "INFO"
 
     @property
     def fetch_bytes(self) -> int:
