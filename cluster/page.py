@@ -14,6 +14,7 @@ import ipaddress
 import logging
 import urllib.parse
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 from aiohttp import web
@@ -55,11 +56,11 @@ class Page:
     async def start(self, host: str, port: int) -> str:
         """Listens; gives its URL. Raises InvalidRequestError where it can't."""
         app = web.Application(middlewares=[self._guard], client_max_size=_MOST_FORM_BYTES)
-        app.router.add_get("/", lambda _: _file("index.html"))
-        app.router.add_get("/page.css", lambda _: _file("page.css"))
-        app.router.add_get("/page.js", lambda _: _file("page.js"))
+        app.router.add_get("/", partial(_file, "index.html"))
+        app.router.add_get("/page.css", partial(_file, "page.css"))
+        app.router.add_get("/page.js", partial(_file, "page.js"))
         app.router.add_get("/state", self._state)
-        app.router.add_get("/login", lambda _: _file("login.html"))
+        app.router.add_get("/login", partial(_file, "login.html"))
         app.router.add_post("/login", self._login)
         runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
         await runner.setup()
@@ -138,7 +139,7 @@ def _redirect(to: str) -> web.Response:
     return web.Response(status=303, headers={"Location": to})
 
 
-async def _file(name: str) -> web.StreamResponse:
+async def _file(name: str, request: web.Request) -> web.StreamResponse:
     return web.Response(body=(FILES / name).read_bytes(), content_type=_TYPES[name], charset="utf-8")
 
 

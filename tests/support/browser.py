@@ -6,15 +6,20 @@ import asyncio
 import base64
 import contextlib
 import itertools
+import json
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
+import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import numpy as np
+from numpy.typing import NDArray
 
 CHROMIUM = next(
     (
@@ -25,6 +30,12 @@ CHROMIUM = next(
     None,
 )
 _START_TIMEOUT_S = 60
+# "Inspected target navigated or closed", "Cannot find default execution context", ...
+_LEFT = -32000
+
+
+class LeftError(Exception):
+    """The page that was asked is not there any more."""
 
 
 class Tab:
@@ -67,17 +78,24 @@ class Tab:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    async def wait_for(self, script: str, timeout_s: float = 30.0) -> Any:
-        """What `script` gives, once that is true."""
+    async def wait_for(self, script: str, timeout_s: float = 30.0) -> None:
+        """Returns once `script` is true, over whatever the tab goes to meanwhile."""
         deadline = asyncio.get_running_loop().time() + timeout_s
-        while not (value := await self.evaluate(script)):
+        while True:
+            with contextlib.suppress(LeftError):
+                if await self.evaluate(f"!!({script})"):
+                    return
             assert asyncio.get_running_loop().time() < deadline, f"never true: {script}"
             await asyncio.sleep(0.05)
-        return value
 
-    async def photograph(self, file: Path, *, whole: bool = False) -> bytes:
-        """A PNG of the window, or of the whole page."""
-        answer = await self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+    async def photograph(self, file: Path, *, of: str = "") -> bytes:
+        """A PNG of the window, or of the one element that is `of`; also written to `file`."""
+        clip = {}
+        if of:
+            script = "(({x, y, width, height}) => ({x: x + scrollX, y: y + scrollY, width, height, scale: 1}))"
+            script += f"(document.querySelector({json.dumps(of)}).getBoundingClientRect())"
+            clip = {"clip": await self.evaluate(script), "captureBeyondViewport": True}
+        answer = await self.call("Page.captureScreenshot", format="png", **clip)
         image = base64.b64decode(answer["data"])
         file.write_bytes(image)
         return image
@@ -90,7 +108,8 @@ class Tab:
                 case None:
                     answer = self._answers.pop(told["id"])
                     if "error" in told:
-                        answer.set_exception(AssertionError(told["error"]))
+                        left = told["error"]["code"] == _LEFT
+                        answer.set_exception((LeftError if left else AssertionError)(told["error"]))
                     else:
                         answer.set_result(told["result"])
                 case "Page.loadEventFired":
@@ -140,6 +159,50 @@ async def browser_tab() -> AsyncIterator[Tab]:
                 process.wait()
             assert process.stderr is not None
             process.stderr.close()
+
+
+def extent(png: bytes) -> tuple[int, int]:
+    """Width and height of a PNG."""
+    width, height = struct.unpack_from(">II", png, 16)
+    return width, height
+
+
+def pixels(png: bytes) -> NDArray[np.uint8]:
+    """[height, width, 3] of a PNG of 8 bits a channel, not interlaced. Source: PNG specification, 2003, section 9."""
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    at, header, data = 8, b"", b""
+    while at < len(png):
+        size, kind = struct.unpack_from(">I4s", png, at)
+        body = png[at + 8 : at + 8 + size]
+        header = body if kind == b"IHDR" else header
+        data += body if kind == b"IDAT" else b""
+        at += size + 12
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
+    channels = {2: 3, 6: 4}[colour]
+    assert (depth, interlaced) == (8, 0)
+    rows = np.frombuffer(zlib.decompress(data), dtype=np.uint8).reshape(height, 1 + width * channels)
+    image = np.zeros((height + 1, width + 1, channels), dtype=np.int64)  # with the pixels before the first ones
+    for y in range(height):
+        kind, row = rows[y, 0], rows[y, 1:].reshape(width, channels).astype(np.int64)
+        above = image[y, 1:]
+        if kind == 0:
+            image[y + 1, 1:] = row
+        elif kind == 1:
+            image[y + 1, 1:] = np.cumsum(row, axis=0) % 256
+        elif kind == 2:
+            image[y + 1, 1:] = (row + above) % 256
+        else:
+            for x in range(width):
+                left, up, corner = image[y + 1, x], image[y, x + 1], image[y, x]
+                if kind == 3:
+                    guess = (left + up) // 2
+                else:
+                    toward = left + up - corner
+                    away = abs(toward - left), abs(toward - up), abs(toward - corner)
+                    nearest = np.where(away[1] <= away[2], up, corner)
+                    guess = np.where((away[0] <= away[1]) & (away[0] <= away[2]), left, nearest)
+                image[y + 1, x + 1] = (row[x] + guess) % 256
+    return image[1:, 1:, :3].astype(np.uint8)
 
 
 def _port(process: subprocess.Popen[bytes]) -> int:
