@@ -13,7 +13,7 @@ from .views import ClusterEvent, ClusterView, ModelView, StageView
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_BAR = 20  # characters
+_BAR = 12  # characters
 _EVENTS = 8
 
 
@@ -63,7 +63,7 @@ def picture(view: ClusterView) -> RenderableType:
     for model in view.models:
         table = Table(title=Text(f"{model.name}: {_head(model)}"), title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("stage", justify="right", no_wrap=True)
-        table.add_column("device", overflow="fold")
+        table.add_column("device", no_wrap=True)
         table.add_column("layers", justify="right", no_wrap=True)
         table.add_column("weights", justify="right", no_wrap=True)
         loading = model.state == "loading"
