@@ -206,7 +206,9 @@ def test_the_gateway_is_where_it_is_looked_for(root: str) -> None:
     assert port == channel.DEFAULT_PORT
     head, gateway = ray_cluster(root)["headGroupSpec"]["template"]["spec"]["containers"][:2]
     assert "--port" not in gateway["command"]
-    assert gateway["ports"] == [{"name": "grpc", "containerPort": port}]
+    # The page is on the port after it, as nobody says otherwise.
+    page = {"name": "page", "containerPort": port + 1}
+    assert gateway["ports"] == [{"name": "grpc", "containerPort": port}, page]
     probes = [gateway[name] for name in ("startupProbe", "readinessProbe", "livenessProbe") if name in gateway]
     assert [probe["grpc"] for probe in probes] == [{"port": port}] * len(probes)
     assert "readinessProbe" in gateway
@@ -216,11 +218,12 @@ def test_the_gateway_is_where_it_is_looked_for(root: str) -> None:
     assert env(head)["SHARDLIFT_ADDRESS"] == f"127.0.0.1:{port}"
     assert channel.is_loopback(env(head)["SHARDLIFT_ADDRESS"])  # or the Hub token would stay at home
     if root != "job":
-        (exposed,) = one(root, "Service", "shardlift-gateway")["spec"]["ports"]
-        assert (exposed["port"], exposed["targetPort"]) == (port, "grpc")
+        exposed = one(root, "Service", "shardlift-gateway")["spec"]["ports"]
+        assert [(each["port"], each["targetPort"]) for each in exposed] == [(port, "grpc"), (port + 1, "page")]
         for policy in rendered(root):
             if (policy["kind"], policy["metadata"]["name"]) == ("NetworkPolicy", "shardlift-gateway"):
-                assert policy["spec"]["ingress"][0]["ports"] == [{"port": port, "protocol": "TCP"}]
+                allowed = policy["spec"]["ingress"][0]["ports"]
+                assert allowed == [{"port": each, "protocol": "TCP"} for each in (port, port + 1)]
 
 
 @needs_kubectl
