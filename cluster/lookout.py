@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
 from ..proto.v1 import registry_pb2
-from ..proto.v1.errors import one_line
+from ..proto.v1.errors import ModelNotFoundError, one_line
 from ..worker.metrics import StageStatus
 from .inventory import Inventory
 from .placement import call
@@ -44,13 +44,16 @@ class Lookout:
         """Everything, or what concerns `model` alone. Raises ModelNotFoundError for one that isn't there."""
         if model:
             self._registry.model(model)
-        if self._looking is None or (self._looking.done() and time.monotonic() - self._looked_s > _FRESH_S):
-            self._looked_s = time.monotonic()
-            self._looking = asyncio.create_task(self._look())
-        view = await asyncio.shield(self._looking)
+        view = await self._fresh()
         if not model:
             return view
-        (of_model,) = (each for each in view.models if each.name == model)
+        of_model = next((each for each in view.models if each.name == model), None)
+        while of_model is None:
+            # It came after the last look, or it isn't there.
+            self._registry.model(model)
+            self._looked_s = float("-inf")
+            view = await self._fresh()
+            of_model = next((each for each in view.models if each.name == model), None)
         places = {stage.node for stage in of_model.stages}
         return registry_pb2.ClusterView(
             unix_s=view.unix_s,
@@ -62,9 +65,13 @@ class Lookout:
     async def watch(self, model: str = "", interval_s: float = 0.0) -> AsyncIterator[registry_pb2.ClusterView]:
         """`view`, whenever it is another one; to the end of `model`, or for ever."""
         last = b""
-        self._registry.model(model) if model else None
+        if model:
+            self._registry.model(model)
         while not model or self._registry.has(model):
-            view = await self.view(model)
+            try:
+                view = await self.view(model)
+            except ModelNotFoundError:
+                return
             compared = registry_pb2.ClusterView()
             compared.CopyFrom(view)
             compared.unix_s = 0.0
@@ -78,6 +85,12 @@ class Lookout:
             if task is not None:
                 task.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _fresh(self) -> registry_pb2.ClusterView:
+        if self._looking is None or (self._looking.done() and time.monotonic() - self._looked_s > _FRESH_S):
+            self._looked_s = time.monotonic()
+            self._looking = asyncio.create_task(self._look())
+        return await asyncio.shield(self._looking)
 
     async def _look(self) -> registry_pb2.ClusterView:
         await self._ask_for_nodes()

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="accepted for symmetry: the output is always JSON")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=int(os.environ.get("SHARDLIFT_PORT") or DEFAULT_PORT))
-    parser.add_argument("--page-port", type=_page_port, default=os.environ.get("SHARDLIFT_PAGE_PORT"))
+    parser.add_argument("--page-port", type=_page_port, default=os.environ.get("SHARDLIFT_PAGE_PORT") or None)
     parser.add_argument("--log-format", choices=logs.FORMATS)
     parser.add_argument("--log-level", type=str.upper, choices=logs.LEVELS)
     parser.add_argument("--ray-address")
