@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
 
 from ..proto.v1 import registry_pb2
-from ..proto.v1.errors import LoadCancelledError
+from ..proto.v1.errors import GatewayUnavailableError, LoadCancelledError, ModelNotFoundError
 from ..proto.v1.tls import TLS
 from . import gateway
 from .channel import CONNECT_TIMEOUT_S
 from .describe import LoadReport, describe
 from .gateway import Gateway
 from .handle import RemoteModel
-from .patience import RETRY_S
+from .patience import RETRY_S, Patience
 from .trace_file import TraceFile
 from .values import CachedPart, LoadEvent, ModelInfo, Plan
+from .views import ClusterView
 
 # Planning reads every header of the checkpoint, from wherever it is.
 PLAN_TIMEOUT_S = 600.0
@@ -112,6 +113,41 @@ class Client:
         finally:
             call.cancel()
         return report.ready
+
+    def cluster(self, model: str | None = None) -> ClusterView:
+        """The cluster as it is now: nodes and devices, models laid over them, what has happened lately. With `model`,
+        what concerns that one; raises ModelNotFoundError where there is none."""
+        request = registry_pb2.DescribeClusterRequest(model=model or "")
+        return ClusterView.from_proto(self._gateway.ask("DescribeCluster", request).cluster)
+
+    def watch(self, model: str | None = None, *, interval_s: float = 1.0) -> Iterator[ClusterView]:
+        """As `cluster`, at once and whenever it has changed; with `model`, until that is unloaded.
+
+        A gateway that goes is waited for, as by every question. Raises ModelNotFoundError where there is no `model` to
+        begin with.
+        """
+        request = registry_pb2.WatchClusterRequest(model=model or "", interval_s=interval_s)
+        is_known = False
+        patience = Patience(self._gateway.retry_s)
+        while True:
+            try:
+                call = self._gateway.registry_stream("WatchCluster", request)
+                try:
+                    while True:
+                        with self._gateway.errors():
+                            response = next(call, None)
+                        if response is None:
+                            return
+                        is_known, patience = True, Patience(self._gateway.retry_s)
+                        yield ClusterView.from_proto(response.cluster)
+                finally:
+                    call.cancel()
+            except ModelNotFoundError:
+                if not is_known:
+                    raise
+                return
+            except GatewayUnavailableError as error:
+                self._gateway.wait_for_return(patience, error)
 
     def cached_parts(self) -> list[CachedPart]:
         """The quantized parts that the cluster's nodes keep for later loads."""

@@ -20,7 +20,7 @@ from .patience import RETRY_S, Patience
 # For answers that come from the registry's memory, in seconds.
 CALL_TIMEOUT_S = 60.0
 # What changes nothing, and may so be asked again.
-SAFE = frozenset({"GetModel", "ListModels", "PlanModel", "ListCachedParts"})
+SAFE = frozenset({"GetModel", "ListModels", "PlanModel", "ListCachedParts", "DescribeCluster"})
 _CLOSE_S = 3.0
 
 

@@ -46,6 +46,8 @@ class Instance:
     health: str | None = None
     # The flags for TLS and remote code that it was started with.
     security: Mapping[str, Any] | None = None
+    # URL of the page that shows the cluster.
+    page: str | None = None
 
     @property
     def token(self) -> str | None:
@@ -107,6 +109,9 @@ def start(
     ray_address: str | None = None,
     num_cpus: int | None = None,
     num_gpus: int | None = None,
+    page_port: str | None = None,
+    log_format: str | None = None,
+    log_level: str | None = None,
     timeout_s: float = START_TIMEOUT_S,
     **security: str | int | bool | None,
 ) -> Instance:
@@ -141,6 +146,9 @@ def start(
             "--num-cpus": num_cpus,
             "--num-gpus": num_gpus,
             **{f"--{name.replace('_', '-')}": value for name, value in security.items()},
+            "--page-port": page_port,
+            "--log-format": log_format,
+            "--log-level": log_level,
         }
         arguments = [text for name, value in options.items() if value is not None for text in _words(name, value)]
         instance = replace(_launch(arguments, timeout_s), security=security or None)
@@ -270,6 +278,7 @@ def _from_dict(values: dict[str, Any]) -> Instance:
         token_file=values.get("token_file"),
         health=values.get("health"),
         security=values.get("security"),
+        page=values.get("page"),
     )
 
 

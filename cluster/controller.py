@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ..proto.v1.errors import InvalidRequestError, ShardliftError, one_line
+from ..worker import logs, tracing
 from .gateway import Gateway
 from .gateway_options import GatewayOptions
 from .placement import NAMESPACE
@@ -27,6 +28,8 @@ class Controller:
 
     async def __init__(self, options: GatewayOptions) -> None:  # type: ignore[misc]
         # Asynchronous, which Ray allows, for the sake of the event loop.
+        logs.configure(options.log)
+        tracing.configure("shardlift-gateway")
         self._options = options
         self._gateway = Gateway(options)
         # Not awaited here: answers of other actors don't reach one that is still being constructed. A restarted
@@ -48,15 +51,20 @@ class Controller:
         """What it was started with."""
         return self._options
 
+    async def page(self) -> str:
+        """The page's URL; "" where there is none."""
+        await asyncio.shield(self._started)
+        return self._gateway.page.url
+
     async def shutdown(self, unload: bool) -> None:
         """Stops serving. Models go with it only if `unload`."""
         await asyncio.gather(self._started, return_exceptions=True)
         await self._gateway.stop(unload=unload)
 
 
-def start_controller(options: GatewayOptions) -> tuple[str, GatewayOptions]:
-    """The address of this cluster's gateway, started if there is none, and what it was started with. Needs a
-    connection to Ray.
+def start_controller(options: GatewayOptions) -> tuple[str, GatewayOptions, str]:
+    """The address of this cluster's gateway, started if there is none, what it was started with, and the URL of its
+    page, "" where it has none. Needs a connection to Ray.
 
     Raises InvalidRequestError where it can't listen, and where one runs without the protection that is asked for.
     """
@@ -72,7 +80,8 @@ def start_controller(options: GatewayOptions) -> tuple[str, GatewayOptions]:
     )
     handle = controller.remote(options)
     try:
-        address, actual = ray.get([handle.address.remote(), handle.settings.remote()], timeout=_START_TIMEOUT_S)
+        asked = [handle.address.remote(), handle.settings.remote(), handle.page.remote()]
+        address, actual, page = ray.get(asked, timeout=_START_TIMEOUT_S)
     except (RayTaskError, RayActorError) as error:
         # Ray would go on restarting what can't start.
         ray.kill(handle, no_restart=True)
@@ -87,7 +96,7 @@ def start_controller(options: GatewayOptions) -> tuple[str, GatewayOptions]:
             f"a gateway already runs at {address}, with other settings of {', '.join(lacking)}: run `shardlift down` "
             "first, which leaves the models of a cluster, or leave them out"
         )
-    return str(address), actual
+    return str(address), actual, str(page)
 
 
 def stop_controller(*, unload: bool) -> bool:

@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from ray.util import metrics as ray_metrics
 
 from ..proto.v1 import inference_pb2, inference_pb2_grpc, limits, registry_pb2, registry_pb2_grpc, saving_pb2
 from ..proto.v1.credentials import listen
@@ -18,31 +19,42 @@ from ..proto.v1.errors import InternalError, InvalidRequestError
 from ..proto.v1.server import Checked, TolerantReading, abort, readable
 from ..proto.v1.status import to_error
 from ..proto.v1.wire import MAX_CALLS, SERVER_OPTIONS
+from ..worker import metrics, tracing
 from ..worker.tensors import from_message, ids_message
 from . import node_caches, relay, saving
 from .auth import OnlyHealthChecks, TokenInterceptor, read_token
+from .calls import Call
 from .gateway_options import GatewayOptions
+from .lookout import Lookout
+from .page import Page
 from .registry import Registry
 from .tokenizer import Detokenizer
 
 logger = logging.getLogger(__name__)
 
+_EXPORT_S = 1.0
+
 
 class Gateway:
-    """Serves one registry as `options` say, from `start` until `stop`."""
+    """Serves one registry, and the page that shows it, as `options` say, from `start` until `stop`."""
 
     def __init__(self, options: GatewayOptions) -> None:
         self._options = options
         self.registry = Registry(self._changed, options)
+        self.lookout = Lookout(self.registry)
+        token = read_token(options.token_file)
+        self.page = Page(self.lookout, token, options.tls)
+        self._exporting: asyncio.Task[None] | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined] # missing in grpc-stubs
         self._health_tasks: set[Any] = set()
-        token = read_token(options.token_file)
         self._server = grpc.aio.server(
             interceptors=[*([TokenInterceptor(token)] if token else []), TolerantReading()],
             options=SERVER_OPTIONS,
             maximum_concurrent_rpcs=MAX_CALLS,
         )
-        registry_pb2_grpc.add_ModelRegistryServiceServicer_to_server(_RegistryService(self.registry), self._server)
+        registry_pb2_grpc.add_ModelRegistryServiceServicer_to_server(
+            _RegistryService(self.registry, self.lookout), self._server
+        )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(_InferenceService(self.registry), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         services = (
@@ -71,17 +83,47 @@ class Gateway:
         await self.registry.recover()
         await self._server.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
-        if self._plain_health is None:
-            return f"{host}:{bound}"
-        await self._plain_health.start(options.health_host, options.health_port)
-        return f"grpcs://{host}:{bound}"
+        if self._plain_health is not None:
+            await self._plain_health.start(options.health_host, options.health_port)
+        await self._start_page(bound)
+        self._exporting = asyncio.create_task(self._export())
+        self.registry.events.record("gateway-started", f"serving on {host}:{bound}")
+        return f"{host}:{bound}" if options.tls is None else f"grpcs://{host}:{bound}"
+
+    async def _start_page(self, gateway_port: int) -> None:
+        host, port = self._options.host, self._options.page_port
+        if port is None:
+            try:
+                await self.page.start(host, gateway_port + 1)
+            except InvalidRequestError as error:
+                logger.warning("there is no page: %s", error)
+        elif port >= 0:
+            await self.page.start(host, port)
 
     async def stop(self, *, unload: bool, grace_s: float = 1.0) -> None:
         if self._plain_health is not None:
             await self._plain_health.stop()
         await self._health.enter_graceful_shutdown()
+        if self._exporting is not None:
+            self._exporting.cancel()
+        await self.page.stop()
         await self.registry.close(unload=unload)
         await self._server.stop(grace_s)
+        await self.lookout.close()
+        await asyncio.to_thread(tracing.flush)
+
+    async def _export(self) -> None:
+        """Tells Ray's metrics what was counted."""
+        exporter = metrics.Exporter(ray_metrics, {})
+        while True:
+            try:
+                states = [info.state for info in self.registry.models()]
+                self.registry.numbers.export(exporter, states)
+            except Exception:
+                # The gateway serves, whatever becomes of its metrics.
+                logger.exception("metrics could not be exported")
+                return
+            await asyncio.sleep(_EXPORT_S)
 
     def _changed(self, name: str, state: int) -> None:
         statuses: dict[int, Any] = {
@@ -96,8 +138,9 @@ class Gateway:
 
 
 class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, lookout: Lookout) -> None:
         self._registry = registry
+        self._lookout = lookout
 
     async def PlanModel(
         self, request: registry_pb2.PlanModelRequest, context: grpc.aio.ServicerContext
@@ -115,7 +158,7 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
             limits.check_load(readable(request).source, request.options, request.name)
         except InvalidRequestError as error:
             await _abort(context, error)
-        events = self._registry.load(request)
+        events = self._registry.load(request, tracing.given(context.invocation_metadata()))
         try:
             async for event in events:
                 yield event
@@ -170,6 +213,23 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
         except Exception as error:
             return await _abort(context, error)
 
+    async def DescribeCluster(
+        self, request: registry_pb2.DescribeClusterRequest, context: grpc.aio.ServicerContext
+    ) -> registry_pb2.DescribeClusterResponse:
+        try:
+            return registry_pb2.DescribeClusterResponse(cluster=await self._lookout.view(request.model))
+        except Exception as error:
+            return await _abort(context, error)
+
+    async def WatchCluster(
+        self, request: registry_pb2.WatchClusterRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[registry_pb2.WatchClusterResponse]:
+        try:
+            async for view in self._lookout.watch(request.model, request.interval_s):
+                yield registry_pb2.WatchClusterResponse(cluster=view)
+        except Exception as error:
+            await _abort(context, error)
+
     async def ListCachedParts(
         self, request: registry_pb2.ListCachedPartsRequest, context: grpc.aio.ServicerContext
     ) -> registry_pb2.ListCachedPartsResponse:
@@ -210,14 +270,19 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        call = Call(self._registry, "Generate", request.model, context)
         try:
             limits.check_generate(readable(request))
             text = await self._tokenize(request)
-            async for response in relay.generate(self._registry, request, context):
+            async for response in relay.generate(self._registry, request, context, call.span):
                 for out in [response] if text is None else text.follow(response):
                     yield out
+            call.end()
         except Exception as error:
+            call.end(error)
             await _abort(context, error)
+        finally:
+            call.left()
 
     async def _tokenize(self, request: inference_pb2.GenerateRequest) -> _TextStream | None:
         """Puts token ids in the place of text; gives what turns the answer back, or None where ids were sent."""
@@ -242,31 +307,49 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def Forward(
         self, request_iterator: AsyncIterator[inference_pb2.ForwardRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[inference_pb2.ForwardResponse]:
+        call: Call | None = None
         try:
             requests = Checked(request_iterator, limits.check_forward)
             first = await anext(requests, None)
             if first is not None:
-                async for response in relay.forward(self._registry, first, requests, context):
+                call = Call(self._registry, "Forward", first.model, context)
+                async for response in relay.forward(self._registry, first, requests, context, call.span):
                     yield response
+                call.end()
         except Exception as error:
+            if call is not None:
+                call.end(error)
             await _abort(context, error)
+        finally:
+            if call is not None:
+                call.left()
 
     async def Session(
         self, request_iterator: AsyncIterator[inference_pb2.SessionRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[inference_pb2.SessionResponse]:
         session: relay.SessionRelay | None = None
+        call: Call | None = None
         try:
             requests = Checked(request_iterator, limits.check_session)
             request = await anext(requests, None)
             while request is not None:
-                if session is None:
-                    session = relay.SessionRelay(self._registry, request.model, context, request.idle_timeout_s)
+                if session is None or call is None:
+                    call = Call(self._registry, "Session", request.model, context)
+                    session = relay.SessionRelay(
+                        self._registry, request.model, context, request.idle_timeout_s, call.span
+                    )
                 async for response in session.act(request):
                     yield response
                 request = await session.next_of(requests)
+            if call is not None:
+                call.end()
         except Exception as error:
+            if call is not None:
+                call.end(error)
             await _abort(context, error)
         finally:
+            if call is not None:
+                call.left()
             if session is not None:
                 await session.close()
 

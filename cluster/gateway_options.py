@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..proto.v1.tls import TLS
+from ..worker.logs import LogSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,7 +14,9 @@ class GatewayOptions:
 
     tls: the gateway's own; with a CA, clients need a certificate. health_host, health_port: where a gateway with TLS
     says in plain text whether it serves, and nothing else. stage_tls: the stages', whose files lie on every node.
-    allow_remote_code: whether a request with trust_remote_code=True is listened to.
+    allow_remote_code: whether a request with trust_remote_code=True is listened to. page_port: of the page; None takes
+    the one after the gateway's, or does without where that is taken; a negative one does without. log: of gateway and
+    workers.
     """
 
     host: str = "127.0.0.1"
@@ -24,6 +27,8 @@ class GatewayOptions:
     health_port: int = 0
     stage_tls: TLS | None = None
     allow_remote_code: bool = False
+    page_port: int | None = None
+    log: LogSettings = LogSettings()
 
     def lacking(self, actual: GatewayOptions) -> list[str]:
         """Flags that are asked for here, and that a gateway which runs already has otherwise."""

@@ -33,6 +33,7 @@ async def load_stages(
     tell: Callable[[registry_pb2.StageProgress], None],
     placed: Callable[[int], Awaitable[None]],
     respawn: Callable[[int, WorkerDiedError], Awaitable[None]],
+    traceparent: str = "",
 ) -> list[LoadReport]:
     """Loads all stages at once, telling how far each is. The first failure is raised, whatever the others do.
 
@@ -48,7 +49,7 @@ async def load_stages(
                 if death is not None:
                     await respawn(index, death)  # which may die, too
                 await placed(index)
-                report: LoadReport = await call(workers[index].load.remote(token), f"stage {index}")
+                report: LoadReport = await call(workers[index].load.remote(token, traceparent), f"stage {index}")
                 return report
             except WorkerDiedError as error:
                 deaths, death = deaths + 1, error

@@ -25,6 +25,7 @@ from ..proto.v1.errors import (
     WorkerDiedError,
     one_line,
 )
+from ..worker import logs, tracing
 from ..worker.adapter_spec import AttachedAdapter
 from ..worker.adapters import check_adapter_name
 from ..worker.records import SourceSpec
@@ -32,6 +33,7 @@ from ..worker.spec import LoadReport, StageSpec
 from . import adapters, loads, requests
 from .adapter_room import kv_tokens_beside
 from .adapters import OutlinedPath
+from .events import Events, GatewayNumbers, state_name
 from .gateway_options import GatewayOptions
 from .placement import Placement, Seat, call, find_placements, kill, place, place_again
 from .planning import OutlinedModel, PlannedModel
@@ -74,10 +76,20 @@ class Entry:
     # One change of the adapters at a time.
     adapting: asyncio.Lock = field(default_factory=asyncio.Lock)
     changes: set[asyncio.Task[None]] = field(default_factory=set)
+    # How far each stage's load is, and since when it goes on.
+    progress: dict[int, registry_pb2.StageProgress] = field(default_factory=dict)
+    begun_s: float = field(default_factory=time.monotonic)
 
     @property
     def route(self) -> Route | None:
         return None if self.resident is None else self.resident.route
+
+    @property
+    def load_seconds(self) -> float:
+        """How long the load took, or has taken until now."""
+        if self.info.state == registry_pb2.MODEL_STATE_LOADING:
+            return time.monotonic() - self.begun_s
+        return self.info.load_seconds
 
 
 class Registry:
@@ -92,6 +104,8 @@ class Registry:
         options: GatewayOptions = GatewayOptions(),  # noqa: B008 - a value
     ) -> None:
         self._options = options
+        self.events = Events()
+        self.numbers = GatewayNumbers()
         self._entries: dict[str, Entry] = {}
         self._on_change = on_change
         self._speeds = SeenSpeeds()
@@ -103,6 +117,12 @@ class Registry:
     def models(self) -> list[registry_pb2.ModelInfo]:
         return [self._entries[name].info for name in sorted(self._entries)]
 
+    def entries(self) -> list[Entry]:
+        return [self._entries[name] for name in sorted(self._entries)]
+
+    def has(self, name: str) -> bool:
+        return name in self._entries
+
     def model(self, name: str) -> registry_pb2.ModelInfo:
         return self._entry(name).info
 
@@ -110,7 +130,7 @@ class Registry:
         """Raises ModelNotFoundError, and ModelUnavailableError for a model that isn't ready."""
         entry = self._entry(name)
         if entry.route is None or entry.info.state != registry_pb2.MODEL_STATE_READY:
-            state = registry_pb2.ModelState.Name(entry.info.state).removeprefix("MODEL_STATE_").lower()
+            state = state_name(entry.info.state)
             reason = f": {entry.info.reason}" if entry.info.reason else ""
             raise ModelUnavailableError(f"model {name} is {state}{reason}")
         return entry.route
@@ -260,18 +280,23 @@ class Registry:
     async def _recover_stages(self, entry: Entry, resident: Resident, attempt: asyncio.Future[None]) -> None:
         """Tries until the model is well again; capacity may return at any time."""
         started, tries, name = time.monotonic(), 0, entry.info.name
+        logs.note(model=name, load_id=entry.placement.load_id)
+        span = tracing.span("recover", model=name)
         self._set_state(entry, registry_pb2.MODEL_STATE_RECOVERING)
+        self._tell(entry, "stages-lost", "a stage doesn't answer; looking after it")
         lost: set[int] = set()
         try:
             while True:
                 try:
-                    lost |= set(await resident.restore(self._held, self._placing))
+                    lost |= set(await resident.restore(self._held, self._placing, span))
                     break
                 except Exception as error:
                     tries += 1
                     logger.warning("model %s is not well yet: %s", name, one_line(error))
                     if isinstance(error, ModelUnavailableError) and tries < _HASTY_TRIES:
                         continue  # another stage was lost meanwhile
+                    if entry.info.reason != one_line(error):
+                        self._tell(entry, "unavailable", one_line(error), merge=True)
                     entry.info.reason = one_line(error)
                     self._set_state(entry, registry_pb2.MODEL_STATE_UNAVAILABLE)
                     _settle(attempt, ModelUnavailableError(f"model {name} is unavailable: {entry.info.reason}"))
@@ -280,13 +305,24 @@ class Registry:
             if lost:
                 entry.info.recoveries += 1
                 entry.info.recovery_seconds = time.monotonic() - started
-                logger.info("model %s has its stages %s back", name, sorted(lost))
+                self.numbers.recovered(name, len(lost), entry.info.recovery_seconds)
+                stages = ", ".join(map(str, sorted(lost)))
+                took = f"{entry.info.recovery_seconds:.1f} s"
+                self._tell(entry, "recovered", f"stage{'s'[: len(lost) > 1]} {stages} back after {took}")
+            else:
+                self._tell(entry, "recovered", "no stage was lost")
             entry.recovering = entry.attempt = None
             self._set_state(entry, registry_pb2.MODEL_STATE_READY)
             resident.watch(lambda _: self._suspect(entry))
             _settle(attempt, None)
         finally:
             _settle(attempt, ModelUnavailableError(f"model {name} was unloaded"))
+            span.note(stages=sorted(lost), tries=tries)
+            span.end()
+
+    def _tell(self, entry: Entry, kind: str, text: str, *, merge: bool = False) -> None:
+        """Records an event of a model."""
+        self.events.record(kind, text, model=entry.info.name, load_id=entry.placement.load_id, merge=merge)
 
     def _held(self) -> set[str]:
         """Devices that models hold."""
@@ -318,14 +354,17 @@ class Registry:
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
-    async def load(self, request: registry_pb2.LoadModelRequest) -> AsyncIterator[registry_pb2.LoadModelResponse]:
+    async def load(
+        self, request: registry_pb2.LoadModelRequest, traceparent: str = ""
+    ) -> AsyncIterator[registry_pb2.LoadModelResponse]:
         """Loads a model and tells what happens; the last event is `ready`.
 
-        A failure, or the end of whoever listens, frees all that the load has taken.
+        A failure, or the end of whoever listens, frees all that the load has taken. traceparent: of the caller's span.
         """
         requests.check_remote_code(request.source, allowed=self._options.allow_remote_code)
         name = requests.model_name(request.name, request.source.path)
         if name in self._entries:
+            self.events.record("refused", "a load under a name that is taken", model=name, merge=True)
             raise ModelNameTakenError(f"a model called {name} is here already: unload it, or choose another name")
         entry = Entry(
             info=registry_pb2.ModelInfo(name=name, path=request.source.path),
@@ -334,8 +373,10 @@ class Registry:
         self._entries[name] = entry
         self._set_state(entry, registry_pb2.MODEL_STATE_LOADING)
         events: asyncio.Queue[registry_pb2.LoadModelResponse | None] = asyncio.Queue()
-        entry.load = asyncio.create_task(self._load(entry, request, events))
+        self._tell(entry, "load-started", f"loading {request.source.path}")
+        entry.load = asyncio.create_task(self._traced_load(entry, request, events, traceparent))
         entry.load.add_done_callback(lambda _: events.put_nowait(None))
+        entry.load.add_done_callback(lambda load: self._loaded(entry, load))
         try:
             while (event := await events.get()) is not None:
                 yield event
@@ -347,13 +388,41 @@ class Registry:
             if entry.info.state != registry_pb2.MODEL_STATE_READY:
                 await self._discard(entry)
 
+    def _loaded(self, entry: Entry, load: asyncio.Task[None]) -> None:
+        """Counts and tells how a load ended."""
+        name = entry.info.name
+        if load.cancelled():
+            self.numbers.loads[name, "cancelled"] += 1
+            self._tell(entry, "load-cancelled", f"given up after {time.monotonic() - entry.begun_s:.1f} s")
+        elif (error := load.exception()) is not None:
+            self.numbers.loads[name, "failed"] += 1
+            # Before anything was placed, the request couldn't be met; afterwards, something broke.
+            self._tell(entry, "load-failed" if entry.placement.workers else "refused", one_line(error))
+        else:
+            self.numbers.loads[name, "ready"] += 1
+            count = len(entry.info.plan.stages)
+            took = f"{entry.info.load_seconds:.1f} s"
+            self._tell(entry, "load-ready", f"{count} stage{'s'[: count > 1]} resident after {took}")
+
+    async def _traced_load(
+        self,
+        entry: Entry,
+        request: registry_pb2.LoadModelRequest,
+        events: asyncio.Queue[registry_pb2.LoadModelResponse | None],
+        traceparent: str,
+    ) -> None:
+        logs.note(model=entry.info.name, load_id=entry.placement.load_id)
+        with tracing.span("load", traceparent, model=entry.info.name, load_id=entry.placement.load_id) as span:
+            await self._load(entry, request, events, span)
+
     async def _load(
         self,
         entry: Entry,
         request: registry_pb2.LoadModelRequest,
         events: asyncio.Queue[registry_pb2.LoadModelResponse | None],
+        span: tracing.Span,
     ) -> None:
-        started = time.monotonic()
+        started = entry.begun_s
         name, placement, info = entry.info.name, entry.placement, entry.info
         transfer = requests.transfer_options(request.options)
         serving = requests.serving_options(request.options)
@@ -363,10 +432,12 @@ class Registry:
             events.put_nowait(registry_pb2.LoadModelResponse(**event))
 
         def tell_progress(progress: registry_pb2.StageProgress) -> None:
+            entry.progress[progress.stage] = progress
             if progress.done or events.qsize() < _MAX_WAITING_EVENTS:
                 tell(progress=progress)
 
-        path = await _outline(request.source, request.options)
+        with span.child("resolve"):
+            path = await _outline(request.source, request.options)
         outlined, adapter = path.model, path.adapter
         request = registry_pb2.LoadModelRequest(name=name, source=path.base, options=request.options)
         if request.options.HasField("adapter"):
@@ -379,17 +450,23 @@ class Registry:
         for note in outlined.layout.outline.notes:
             tell(warning=note)
         async with self._placing:
-            planned = await self._spread(outlined, request.options)
+            with span.child("plan"):
+                planned = await self._spread(outlined, request.options)
             speeds = requests.given_speeds(request.options, self._speeds.of(entry.source))
             info.plan.CopyFrom(planned.plan.to_message(speeds))
             if adapter is not None:
                 sizes = [adapter.outline.bytes_of(cut) for cut in adapters.cuts_of(info.plan)]
                 kv_tokens_beside(info.plan.stages, sizes, adapter.spec.name)
             tell(planned=info.plan)
-            specs = planned.specs(name, placement.load_id, secret, transfer, serving, self._options.stage_tls)
+            settings = self._options.log
+            specs = [
+                replace(spec, log_format=settings.format, log_level=settings.level)
+                for spec in planned.specs(name, placement.load_id, secret, transfer, serving, self._options.stage_tls)
+            ]
             info.quantization_config_json = json.dumps(dict(specs[0].quantization)) if specs[0].quantization else ""
             card = registry_pb2.ModelCard(info=info).SerializeToString()
-            await place(planned.plan, specs, card, placement)
+            with span.child("place", stages=len(specs)):
+                await place(planned.plan, specs, card, placement)
 
         async def tell_place(index: int) -> None:
             stage = info.plan.stages[index]
@@ -400,9 +477,13 @@ class Registry:
             tell(warning=f"{one_line(error)}; another one loads its part anew")
             await place_again(specs[index], card, placement)
 
-        reports = await loads.load_stages(placement.workers, specs, token, tell_progress, tell_place, respawn)
+        with span.child("stages") as stages_span:
+            reports = await loads.load_stages(
+                placement.workers, specs, token, tell_progress, tell_place, respawn, stages_span.traceparent
+            )
         resident = entry.resident = Resident(info, request, token, placement, reports, specs)
-        await resident.join()
+        with span.child("join"):
+            await resident.join()
         entry.tokenizer = await loads.tokenizer_or_none(entry.source, token, request.source.trust_remote_code)
         info.residency.extend(loads.residency(index, report) for index, report in enumerate(reports))
         info.footprint.CopyFrom(loads.footprint(reports))
@@ -451,6 +532,8 @@ class Registry:
             await entry.resident.close()
         if self._entries.get(entry.info.name) is entry:
             del self._entries[entry.info.name]
+            if entry.resident is not None:
+                self._tell(entry, "unloaded", "its memory is free")
         self._on_change(entry.info.name, registry_pb2.MODEL_STATE_UNSPECIFIED)
 
     async def close(self, *, unload: bool) -> None:
@@ -485,6 +568,7 @@ class Registry:
         resident = entry.resident
         assert resident is not None
         self._entries[entry.info.name] = entry
+        self._tell(entry, "found", f"resident on {len(entry.info.plan.stages)} stages since before this gateway")
         try:
             await resident.settle_adapters()
             await resident.connect()

@@ -20,6 +20,7 @@ import grpc.aio
 from ..proto.v1 import inference_pb2
 from ..proto.v1.errors import InternalError, InvalidRequestError, ModelUnavailableError, SessionExpiredError
 from ..proto.v1.wire import Assembly
+from ..worker import logs, tracing
 from ..worker.service import EPOCH_HEADER, SESSION_HEADER
 from ..worker.tensors import check_ids, from_message, ids_message
 from .history import History
@@ -34,11 +35,16 @@ _MOST_LOSSES = 3
 class _Way:
     """A call's way to the model: the route, the session's name and epoch, and what happens when the route breaks."""
 
-    def __init__(self, registry: Registry, model: str, context: grpc.aio.ServicerContext) -> None:
+    def __init__(
+        self, registry: Registry, model: str, context: grpc.aio.ServicerContext, span: tracing.Span = tracing.OFF
+    ) -> None:
         self._registry = registry
         self._model = model
         self._context = context
+        self._span = span
         self._session = uuid.uuid4().hex
+        logs.note(model=model, session=self._session)
+        span.note(model=model, session=self._session)
         self._epoch = 0
         self._losses = 0
         self._route: Route | None = None
@@ -51,6 +57,8 @@ class _Way:
     def options(self, route: Route) -> dict[str, Any]:
         """What every call to the stage is made with: the session's name, and the client's own deadline."""
         names = [(SESSION_HEADER, self._session), (EPOCH_HEADER, str(self._epoch))]
+        if traceparent := self._span.traceparent:
+            names.append((tracing.TRACEPARENT, traceparent))
         return {"metadata": [*route.metadata, *names], "timeout": self._context.time_remaining()}
 
     def progress(self) -> None:
@@ -82,7 +90,10 @@ class _Way:
 
 
 async def generate(
-    registry: Registry, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    registry: Registry,
+    request: inference_pb2.GenerateRequest,
+    context: grpc.aio.ServicerContext,
+    span: tracing.Span = tracing.OFF,
 ) -> AsyncIterator[inference_pb2.GenerateResponse]:
     """The answers to `request`, each once, whatever happens to the stages."""
     if not request.HasField("seed"):
@@ -91,7 +102,7 @@ async def generate(
     adapters = registry.adapters(request.model, request.adapters if request.HasField("adapters") else None)
     _say(request, adapters)
     with registry.using(request.model, adapters):
-        async for response in _generate(_Way(registry, request.model, context), request):
+        async for response in _generate(_Way(registry, request.model, context, span), request):
             yield response
 
 
@@ -165,9 +176,14 @@ class SessionRelay:
     """One session. Actions are taken one after another; `close` ends it."""
 
     def __init__(
-        self, registry: Registry, model: str, context: grpc.aio.ServicerContext, idle_timeout_s: float = 0.0
+        self,
+        registry: Registry,
+        model: str,
+        context: grpc.aio.ServicerContext,
+        idle_timeout_s: float = 0.0,
+        span: tracing.Span = tracing.OFF,
     ) -> None:
-        self._way = _Way(registry, model, context)
+        self._way = _Way(registry, model, context, span)
         self._registry = registry
         self._model = model
         self._idle_timeout_s = idle_timeout_s
@@ -319,10 +335,11 @@ async def forward(
     first: inference_pb2.ForwardRequest,
     later: AsyncIterator[inference_pb2.ForwardRequest],
     context: grpc.aio.ServicerContext,
+    span: tracing.Span = tracing.OFF,
 ) -> AsyncIterator[inference_pb2.ForwardResponse]:
     """The answers to passes that come one by one; those that are cached make a session."""
-    session = SessionRelay(registry, first.model, context)
-    way = _Way(registry, first.model, context)
+    session = SessionRelay(registry, first.model, context, span=span)
+    way = _Way(registry, first.model, context, span)
     request: inference_pb2.ForwardRequest | None = first
     try:
         while request is not None:

@@ -20,6 +20,7 @@ from ..worker.records import HubToken, SourceSpec
 from ..worker.service import SECRET_HEADER
 from ..worker.spec import LoadReport, ModuleBytes, StageSpec
 from ..worker.tokenizer import tokenizer_files
+from ..worker.tracing import OFF, Span
 from . import loads, requests
 from .adapter_room import added, kv_tokens_beside
 from .adapters import BaseModel, OutlinedAdapter, cuts_of
@@ -302,7 +303,7 @@ class Resident:
 
     # -- recovery --------------------------------------------------------------------------------------------------
 
-    async def restore(self, held: Callable[[], set[str]], placing: asyncio.Lock) -> list[int]:
+    async def restore(self, held: Callable[[], set[str]], placing: asyncio.Lock, span: Span = OFF) -> list[int]:
         """Brings lost stages back, where they were or elsewhere, and closes the ring again; which stages these were.
 
         held: gives the devices that models hold. placing: held while a device is chosen. Raises OutOfMemoryError where
@@ -320,12 +321,14 @@ class Resident:
         if lost:
             await self._complete_specs(lost)
             results = await asyncio.gather(
-                *(self._bring_back(index, hanging.get(index), placing, held) for index in lost), return_exceptions=True
+                *(self._bring_back(index, hanging.get(index), placing, held, span) for index in lost),
+                return_exceptions=True,
             )
             for result in results:
                 if isinstance(result, BaseException):
                     raise result
-        await self.join()
+        with span.child("join"):
+            await self.join()
         if self.adapters:
             self.tell_adapters()
             await self._limit_tokens([], "")
@@ -333,7 +336,7 @@ class Resident:
         return lost
 
     async def _bring_back(
-        self, index: int, hanging: int | None, placing: asyncio.Lock, held: Callable[[], set[str]]
+        self, index: int, hanging: int | None, placing: asyncio.Lock, held: Callable[[], set[str]], span: Span
     ) -> None:
         """A stage's worker anew. hanging: the process of the old one, where it hangs."""
         spec, seat = self._specs[index], self.placement.seats[index]
@@ -345,7 +348,7 @@ class Resident:
             for _ in range(_TRIES_IN_PLACE):
                 try:
                     await place_again(spec, self._card, self.placement)
-                    return await self._load(index)
+                    return await self._load(index, span)
                 except WorkerDiedError as error:
                     failure = error
                 except ModelUnavailableError as error:
@@ -354,7 +357,7 @@ class Resident:
         logger.warning("stage %s of %s goes elsewhere: %s", index, self.info.name, one_line(failure))
         async with placing:
             await self._move(index, held, failure)
-        await self._load(index)
+        await self._load(index, span)
 
     async def _move(self, index: int, held: Callable[[], set[str]], why: ShardliftError) -> None:
         """A worker for the stage on a device that has room for it, the smallest of these."""
@@ -391,9 +394,9 @@ class Resident:
         await place_elsewhere(planned, spec, self._card, self.placement)
         stage.node, stage.device, stage.capacity_bytes = device.node, device.name, device.capacity_bytes
 
-    async def _load(self, index: int) -> None:
+    async def _load(self, index: int, span: Span) -> None:
         worker = self.placement.workers[index]
-        report: LoadReport = await call(worker.load.remote(self._token), f"stage {index}")
+        report: LoadReport = await call(worker.load.remote(self._token, span.traceparent), f"stage {index}")
         stage = self.info.plan.stages[index]
         stage.device = await loads.actual_device(worker, index, stage.device)
         await self._attach_again(index)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node
@@ -17,6 +15,7 @@ from ..worker import own_gpus
 from . import gpu_ids
 from .devices import Device
 from .gpu_speeds import bandwidth
+from .inventory import node_names, order
 
 # Of a GPU's free memory: the rest is for the CUDA context, workspace and fragmentation.
 _USABLE_PART = 0.9
@@ -36,18 +35,16 @@ def discover(held: Collection[str] = (), without: Collection[str] = ()) -> list[
     A node without offers its memory to CPU workers, unless it was told to take no work (0 CPUs).
     """
     alive = [node for node in ray.nodes() if node["Alive"]]
-    nodes = sorted((node for node in alive if node["NodeID"] not in without), key=_order)
+    nodes = sorted((node for node in alive if node["NodeID"] not in without), key=order)
     available = available_resources_per_node()
-    addresses = Counter(node["NodeManagerAddress"] for node in alive)
+    names_of = node_names(alive)
     gpus = _probe_gpus([node["NodeID"] for node in nodes if node["Resources"].get("GPU")])
     devices: list[Device] = []
     names: dict[str, str] = {}
     for node in nodes:
         node_id, total = node["NodeID"], node["Resources"]
         free = available.get(node_id, {})
-        address = node["NodeManagerAddress"]
-        # Several raylets on one machine share its address; their ids tell them apart.
-        name = address if addresses[address] == 1 else f"{address}-{node_id[:6]}"
+        name = names_of[node_id]
         memory = int(free.get("memory", 0))
         if total.get("GPU"):
             ids = _free_ids(name, node_id, int(total["GPU"]), int(free.get("GPU", 0)), held)
@@ -65,11 +62,6 @@ def with_speeds(devices: Sequence[Device], names: Mapping[str, str]) -> list[Dev
     if not all(known.values()):
         return list(devices)
     return [replace(device, speed=known.get(device.path) or device.speed) for device in devices]
-
-
-def _order(node: dict[str, Any]) -> tuple[list[tuple[int, str]], str]:
-    parts = node["NodeManagerAddress"].split(".")
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in parts], node["NodeID"]
 
 
 def _free_ids(node: str, node_id: str, total: int, free: int, held: Collection[str]) -> set[int]:
@@ -130,9 +122,6 @@ def _own_gpus() -> list[_Gpu]:
     except (OSError, subprocess.SubprocessError):
         return []
     rows = [[cell.strip() for cell in line.split(",", 3)] for line in output.splitlines() if line.count(",") >= 3]
-    among = own_gpus.visible()
-    if among is not None:
-        # As the raylet counts: those that it was given, in its order, by index or by (the beginning of) their UUID.
-        rows = [row for each in among for row in rows if row[0] == each or (each and row[1].startswith(each))]
+    rows = own_gpus.among_visible(rows)
     # "[N/A]" where the driver doesn't tell: such a GPU can't be planned for.
     return [_Gpu(free_bytes=int(free) << 20 if free.isdecimal() else 0, name=name) for _, _, free, name in rows]

@@ -1,8 +1,8 @@
 """`python -m shardlift.cluster.up`: a gateway, on a Ray of its own or on a cluster that is there.
 
-Prints one JSON line, {"address", "pid", "ray_address", "token_file", "health"}, once it serves; or {"error", "message"}
-and exits with 1. "health" is where a gateway with TLS answers health checks in plain text. On a Ray of its own it
-stays, as that Ray's parent, until SIGTERM, and takes everything down with it.
+Prints one JSON line, {"address", "pid", "ray_address", "token_file", "health", "page"}, once it serves; or {"error",
+"message"} and exits with 1. "health" is where a gateway with TLS answers health checks in plain text, "page" the URL of
+its page. On a Ray of its own it stays, as that Ray's parent, until SIGTERM, and takes everything down with it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ..proto.v1.credentials import check
 from ..proto.v1.errors import GatewayUnavailableError, InvalidRequestError, one_line
 from ..proto.v1.status import to_error
 from ..proto.v1.tls import gateway_tls, stage_tls
+from ..worker import logs
 from .auth import is_loopback, keep_token
 from .controller import start_controller, stop_controller
 from .gateway_options import GatewayOptions
@@ -44,22 +45,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="accepted for symmetry: the output is always JSON")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=int(os.environ.get("SHARDLIFT_PORT") or DEFAULT_PORT))
+    parser.add_argument("--page-port", type=_page_port, default=os.environ.get("SHARDLIFT_PAGE_PORT") or None)
+    parser.add_argument("--log-format", choices=logs.FORMATS)
+    parser.add_argument("--log-level", type=str.upper, choices=logs.LEVELS)
     parser.add_argument("--ray-address")
     parser.add_argument("--num-cpus", type=int)
     parser.add_argument("--num-gpus", type=int)
     _add_security(parser)
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     try:
-        asked = _gateway_options(options)
+        log = logs.LogSettings.of(options.log_format, options.log_level)
+        logs.configure(log)
+        asked = replace(_gateway_options(options), log=log)
         if options.ray_address:
             _join(options.ray_address)
         else:
             _start_ray(options.num_cpus, options.num_gpus)
-        address, actual = start_controller(_with_ports(asked))
+        address, actual, page = start_controller(_with_ports(asked))
     except Exception as error:
         ours = to_error(error)
         print(json.dumps({"error": type(ours).__name__, "message": str(ours)}), flush=True)
@@ -71,6 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         "ray_address": ray.get_runtime_context().gcs_address,
         "token_file": asked.token_file,
         "health": _health_address(actual),
+        "page": page or None,
     }
     print(json.dumps(answer), flush=True)
     if not options.ray_address:
@@ -121,6 +127,7 @@ def _gateway_options(options: argparse.Namespace) -> GatewayOptions:
         health_port=options.health_port,
         stage_tls=stages,
         allow_remote_code=options.allow_remote_code,
+        page_port=options.page_port,
     )
 
 
@@ -134,7 +141,12 @@ def _with_ports(options: GatewayOptions) -> GatewayOptions:
     health_port = options.health_port
     if options.tls is not None and not health_port:
         health_port = _free_port(options.health_host)
-    return replace(options, port=options.port or _free_port(options.host), health_port=health_port)
+    page_port = options.page_port
+    # Without a word about it, the port after the gateway's own; of one that is chosen at random, another such.
+    if page_port == 0 or (page_port is None and not options.port):
+        page_port = _free_port(options.host)
+    port = options.port or _free_port(options.host)
+    return replace(options, port=port, health_port=health_port, page_port=page_port)
 
 
 def _health_address(options: GatewayOptions) -> str | None:
@@ -142,6 +154,15 @@ def _health_address(options: GatewayOptions) -> str | None:
         return None
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.health_host, options.health_host)
     return f"[{host}]:{options.health_port}" if ":" in host else f"{host}:{options.health_port}"
+
+
+def _page_port(text: str) -> int:
+    """-1 for "off"."""
+    if text == "off":
+        return -1
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no port, and not off")
+    return int(text)
 
 
 def _free_port(host: str) -> int:

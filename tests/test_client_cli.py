@@ -490,6 +490,7 @@ def test_up_prints_the_address(gateway: ScriptedGateway, tmp_path: Path, monkeyp
         "pid": None,
         "ray_address": "a:1",
         "token_file": None,
+        "page": None,
     }
 
 

@@ -212,7 +212,9 @@ def test_the_gateway_is_where_it_is_looked_for(root: str) -> None:
     assert port == channel.DEFAULT_PORT
     head, gateway = ray_cluster(root)["headGroupSpec"]["template"]["spec"]["containers"][:2]
     assert "--port" not in gateway["command"]
-    assert gateway["ports"] == [{"name": "grpc", "containerPort": port}]
+    # The page is on the port after it, as nobody says otherwise.
+    page = {"name": "page", "containerPort": port + 1}
+    assert gateway["ports"] == [{"name": "grpc", "containerPort": port}, page]
     probes = [gateway[name] for name in ("startupProbe", "readinessProbe", "livenessProbe") if name in gateway]
     # Probes speak no TLS: a port of their own, then.
     probed = int(gateway["command"][gateway["command"].index("--health-port") + 1]) if root in ENCRYPTED else port
@@ -225,12 +227,13 @@ def test_the_gateway_is_where_it_is_looked_for(root: str) -> None:
     assert env(head)["SHARDLIFT_ADDRESS"] == f"127.0.0.1:{port}"
     assert channel.is_loopback(env(head)["SHARDLIFT_ADDRESS"])  # or the Hub token would stay at home
     if root != "job":
-        (exposed,) = one(root, "Service", "shardlift-gateway")["spec"]["ports"]
-        assert (exposed["port"], exposed["targetPort"]) == (port, "grpc")
-        assert exposed["appProtocol"] == ("https" if root in ENCRYPTED else "kubernetes.io/h2c")
+        exposed = one(root, "Service", "shardlift-gateway")["spec"]["ports"]
+        assert [(each["port"], each["targetPort"]) for each in exposed] == [(port, "grpc"), (port + 1, "page")]
+        assert exposed[0]["appProtocol"] == ("https" if root in ENCRYPTED else "kubernetes.io/h2c")
         for policy in rendered(root):
             if (policy["kind"], policy["metadata"]["name"]) == ("NetworkPolicy", "shardlift-gateway"):
-                assert policy["spec"]["ingress"][0]["ports"] == [{"port": port, "protocol": "TCP"}]
+                allowed = policy["spec"]["ingress"][0]["ports"]
+                assert allowed == [{"port": each, "protocol": "TCP"} for each in (port, port + 1)]
 
 
 @needs_kubectl

@@ -19,8 +19,8 @@ ALLOWED = {
     "proto": {"proto"},
 }
 PURE = [
-    *(f"worker.{name}" for name in ("records", "headers", "chunks", "timeline", "byte_sizes")),
     *(f"worker.{name}" for name in ("anatomy", "spec", "code_spec", "adapter_spec", "fetch", "quantization", "packed")),
+    *(f"worker.{name}" for name in ("records", "headers", "chunks", "timeline", "byte_sizes", "metrics", "logs")),
     *(f"cluster.{name}" for name in ("sizes", "devices", "partition", "plan", "pace", "load_time")),
     *(f"cluster.{name}" for name in ("blocks", "slowest", "spread", "refusal", "device_map", "quantized", "shrink")),
     *(f"proto.v1.{name}" for name in ("errors", "frames", "wire")),
@@ -64,7 +64,7 @@ def test_there_is_something_to_check() -> None:
     assert len(modules()) > 50
     assert set(PURE) <= set(modules())
     assert ".worker.records.TensorRecord" in set(imports("cluster.checkpoint"))
-    assert imports_any_of("worker.actor", "ray") == ["ray"]
+    assert "ray" in imports_any_of("worker.actor", "ray")
 
 
 @pytest.mark.parametrize("area", ALLOWED)

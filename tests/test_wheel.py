@@ -35,6 +35,7 @@ def package_files() -> set[str]:
     files = {ROOT / "__init__.py", ROOT / "py.typed"}
     for area in AREAS:
         files |= {file for kind in ("*.py", "*.pyi", "*.proto") for file in (ROOT / area).rglob(kind)}
+    files |= set((ROOT / "cluster" / "static").iterdir())
     return {f"shardlift/{file.relative_to(ROOT).as_posix()}" for file in files}
 
 

@@ -9,15 +9,17 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.util import metrics as ray_metrics
 
 from ..proto.v1.errors import InternalError, InvalidRequestError, LoadCancelledError
 from ..proto.v1.status import to_error
 from ..proto.v1.tls import TLS
-from . import own_gpus
+from . import logs, metrics, own_gpus, tracing
 from .records import HubToken
 from .spec import LoadReport, LoadSnapshot, ModuleBytes, StageSpec
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _KEEPING_S = 3.0
+_EXPORT_S = 1.0
+_FLUSH_S = 2.5
 
 
 class StageWorker:
@@ -47,7 +51,13 @@ class StageWorker:
         from .loader import LoadProgress
 
         self._spec = StageSpec.from_json(spec)
+        settings = logs.LogSettings(format=self._spec.log_format, level=self._spec.log_level)
+        who = {"model": self._spec.model, "stage": str(self._spec.index), "load_id": self._spec.load_id}
+        logs.configure(settings, who)
+        tracing.configure("shardlift-stage", **who)
         self._card = card
+        self._pulse = metrics.Pulse()
+        self._exporting: asyncio.Task[None] | None = None
         self._progress = LoadProgress(trace=self._spec.trace)
         self._server: StageServer | None = None
         self._loading: asyncio.Future[LoadReport] | None = None
@@ -61,11 +71,22 @@ class StageWorker:
         kind, number = self._spec.device.partition(":")[0], own_gpus.own()
         return kind if number is None else f"{kind}:{number}"
 
-    async def load(self, token: HubToken) -> LoadReport:
+    async def load(self, token: HubToken, traceparent: str = "") -> LoadReport:
         """Loads the stage and begins to serve it. Idempotent: a second call waits for the first one's report."""
         if self._loading is None:
-            self._loading = asyncio.ensure_future(self._load(token))
+            self._exporting = asyncio.ensure_future(self._export())
+            self._loading = asyncio.ensure_future(self._traced_load(token, traceparent))
         return await asyncio.shield(self._loading)
+
+    async def _traced_load(self, token: HubToken, traceparent: str) -> LoadReport:
+        with tracing.span("stage load", traceparent, device=await self.device()) as span:
+            report = await self._load(token)
+            for phase in report.phases:
+                if phase.end_s:
+                    span.past(phase.name, phase.start_s, phase.end_s, busy_seconds=phase.seconds, bytes=phase.bytes_)
+            span.note(resident_bytes=report.measured_bytes, bottleneck=report.bottleneck)
+        logger.info("loaded %d bytes in %.1f s", report.measured_bytes, report.seconds)
+        return report
 
     async def _load(self, token: HubToken) -> LoadReport:
         from .loader import load_stage
@@ -105,7 +126,9 @@ class StageWorker:
         except Exception as error:
             ours = to_error(error)
             if isinstance(ours, InternalError):
-                logger.exception("loading stage %s of %s failed", self._spec.index, self._spec.model)
+                logger.exception("loading failed")
+            else:
+                logger.warning("loading failed: %s", ours)
             # Ray wraps what an actor raises; ours must arrive as it is, and be picklable.
             raise ours from None
         phases = self._progress.timeline.phases()
@@ -192,14 +215,51 @@ class StageWorker:
             return 0, 0
         return self._server.pipeline.sessions, self._server.pipeline.kv_bytes
 
+    async def status(self) -> metrics.StageStatus:
+        """How the stage is now. Asked for while somebody looks."""
+        if self._server is None:
+            return metrics.StageStatus()
+        return replace(self._server.status(), tokens_per_second=self._pulse.per_second)
+
+    async def _export(self) -> None:
+        """Tells Ray's metrics, again and again. What the process leaves there ends with it."""
+        labels = {
+            "model": self._spec.model,
+            "stage": str(self._spec.index),
+            "node": ray.util.get_node_ip_address(),
+            "device": await self.device(),
+        }
+        exporter = metrics.Exporter(ray_metrics, labels)
+        while True:
+            try:
+                exporter.phases(self._progress.timeline.phases())
+                if self._server is not None and self._report is not None:
+                    status = self._server.status()
+                    self._pulse.take(time.monotonic(), status.generated_tokens)
+                    exporter.stage(
+                        status,
+                        self._server.sessions.numbers,
+                        resident_bytes=self._report.measured_bytes,
+                        is_last=self._spec.index == self._spec.num_stages - 1,
+                    )
+            except Exception:
+                # A stage serves, whatever becomes of its metrics.
+                logger.exception("metrics could not be exported")
+                return
+            await asyncio.sleep(_EXPORT_S)
+
     async def stop(self) -> None:
         """Ends a load under way, closes the port and the sessions. The actor is killed after it."""
         self._progress.cancel()
+        if self._exporting is not None:
+            self._exporting.cancel()
         if self._keeping is not None:
             # A part half written is removed; killed before that, the process would leave it.
             await asyncio.to_thread(self._keeping.join, _KEEPING_S)
         if self._server is not None:
             await self._server.stop()
+        # The actor is killed afterwards, and what waits with it.
+        await asyncio.wait([asyncio.ensure_future(asyncio.to_thread(tracing.flush))], timeout=_FLUSH_S)
 
 
 def _check_tls(tls: TLS) -> None:

@@ -72,9 +72,13 @@ class Forward:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodedStep:
-    """What one pass gave: a token per row [B], and the logits and scores [B, V] when asked for."""
+    """What one pass gave: a token per row [B], and the logits and scores [B, V] when asked for.
+
+    chosen: how many of the tokens are not the padding of rows that had ended.
+    """
 
     tokens: list[int]
+    chosen: int
     finished: bool
     logits: torch.Tensor | None
     scores: torch.Tensor | None
@@ -146,6 +150,7 @@ class Decoding:
         self._output_logits = output_logits
         self._output_scores = output_scores
         self._unfinished = torch.ones(self._input_ids.shape[0], dtype=torch.long, device=device)
+        self._running = self._input_ids.shape[0]
         self._has_eos = any(hasattr(criterion, "eos_token_id") for criterion in self._criteria)
         self._random: torch.Generator | None = None
         if self._config.do_sample:
@@ -171,7 +176,7 @@ class Decoding:
 
     @property
     def finished(self) -> bool:
-        return not bool(self._unfinished.max())
+        return not self._running
 
     @property
     def new_tokens(self) -> int:
@@ -270,9 +275,11 @@ class Decoding:
                 tokens = torch.argmax(scores, dim=-1)
             if self._has_eos:
                 tokens = tokens * self._unfinished + self._config._pad_token_tensor * (1 - self._unfinished)
+            chosen = self._running
             self._append(tokens)
             return DecodedStep(
                 tokens=tokens.tolist(),
+                chosen=chosen,
                 finished=self.finished,
                 logits=raw if self._output_logits else None,
                 scores=scores if self._output_scores else None,
@@ -281,6 +288,7 @@ class Decoding:
     def _append(self, tokens: torch.Tensor) -> None:
         self._input_ids = torch.cat([self._input_ids, tokens[:, None]], dim=-1)
         self._unfinished = self._unfinished & ~self._criteria(self._input_ids, None)
+        self._running = sum(self._unfinished.tolist())
 
 
 # What transformers raises for arguments that make no sense, sometimes only where they are used.

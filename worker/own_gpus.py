@@ -16,6 +16,15 @@ def visible() -> list[str] | None:
     return None if found is None else [str(each) for each in found]
 
 
+def among_visible(rows: list[list[str]]) -> list[list[str]]:
+    """Of `nvidia-smi`'s rows, which begin with a GPU's index and its UUID, those that the raylet was given, in its
+    order: by index or by (the beginning of) their UUID."""
+    among = visible()
+    if among is None:
+        return rows
+    return [row for each in among for row in rows if row[0] == each or (each and row[1].startswith(each))]
+
+
 def own() -> int | None:
     """The place of the GPU that this worker holds, from 0; None if it holds none."""
     ids = ray.get_gpu_ids()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -26,10 +27,12 @@ from ..proto.v1.server import Checked, HeaderGuard, TolerantReading, abort, read
 from ..proto.v1.status import code_of, to_error
 from ..proto.v1.tls import TLS
 from ..proto.v1.wire import MAX_CALLS, STAGE_SERVER_OPTIONS
+from . import logs, tracing
 from .adapter_fetch import fetch_tensors
 from .adapter_spec import AdapterSpec
 from .admission import Admission
 from .links import STEP_METHOD, StepKey
+from .metrics import ServingNumbers, StageStatus
 from .pipeline import IncomingStep, StagePipeline
 from .records import HubToken
 from .save_call import SaveCall
@@ -55,26 +58,36 @@ class Sessions:
         self.admission = Admission(
             max_sessions=limits.max_sessions, max_waiting=limits.max_waiting, kv_tokens=limits.kv_tokens
         )
+        self.numbers = ServingNumbers()
         self._pipeline = pipeline
         self._tokenizer = tokenizer
 
     @contextlib.asynccontextmanager
-    async def open(self, context: grpc.aio.ServicerContext) -> AsyncIterator[RingSession]:
+    async def open(self, context: grpc.aio.ServicerContext, method: str) -> AsyncIterator[RingSession]:
         """A session for the length of a call, once it is its turn. Named by the call's headers, if it has a name."""
         headers = dict(context.invocation_metadata() or ())
-        name, epoch = str(headers.get(SESSION_HEADER, "")), _epoch(str(headers.get(EPOCH_HEADER, "0")))
-        ticket = await self.admission.enter()
-        session = RingSession(
-            self._pipeline,
-            ticket,
-            name=name,
-            epoch=epoch,
-            tokenizer=self._tokenizer,
-        )
-        try:
-            yield session
-        finally:
-            session.end()
+        name = str(headers.get(SESSION_HEADER, ""))
+        logs.note(session=name)
+        arrived_s = time.perf_counter()
+        with tracing.span(f"stage {method}", tracing.given(context.invocation_metadata()), session=name) as span:
+            ticket = await self.admission.enter()
+            entered_s = time.perf_counter()
+            self.numbers.queue_s.append(entered_s - arrived_s)
+            span.past("queue", arrived_s, entered_s)
+            session = RingSession(
+                self._pipeline,
+                ticket,
+                name=name,
+                epoch=_epoch(str(headers.get(EPOCH_HEADER, "0"))),
+                tokenizer=self._tokenizer,
+                numbers=self.numbers,
+                span=span,
+                arrived_s=arrived_s,
+            )
+            try:
+                yield session
+            finally:
+                session.end()
 
 
 def _epoch(text: str) -> int:
@@ -156,6 +169,24 @@ class StageServer:
                 torch.cuda.empty_cache()
 
         await self.pipeline.run("", take_off)
+
+    def status(self) -> StageStatus:
+        """How it is now; without its tokens per second, which only who reads at intervals knows."""
+        admission, numbers = self.sessions.admission, self.sessions.numbers
+        batches = list(self.pipeline.compute.batches.items())
+        return StageStatus(
+            sessions=self.pipeline.sessions,
+            kv_bytes=self.pipeline.kv_bytes,
+            running=len(admission.running),
+            waiting=admission.waiting,
+            max_sessions=admission.max_sessions,
+            reserved_tokens=admission.reserved_tokens,
+            limit_tokens=admission.kv_tokens,
+            prompt_tokens=numbers.prompt_tokens,
+            generated_tokens=numbers.generated_tokens,
+            batches=sum(count for _, count in batches),
+            batch_sessions=sum(size * count for size, count in batches),
+        )
 
     async def stop(self, grace_s: float = 0.5) -> None:
         # The pipeline first: who waits for a step is told why, before the server cuts them off.
@@ -262,7 +293,7 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         try:
             limits.check_generate(readable(request))
-            async with self._sessions.open(context) as session:
+            async with self._sessions.open(context, "Generate") as session:
                 async for response in session.generate(request):
                     yield response
         except Exception as error:
@@ -272,7 +303,7 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request_iterator: AsyncIterator[inference_pb2.ForwardRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[inference_pb2.ForwardResponse]:
         try:
-            async with self._sessions.open(context) as session:
+            async with self._sessions.open(context, "Forward") as session:
                 async for request in Checked(request_iterator, limits.check_forward):
                     async for response in session.answer(request, cached=request.use_cache):
                         yield response
@@ -283,7 +314,7 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request_iterator: AsyncIterator[inference_pb2.SessionRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[inference_pb2.SessionResponse]:
         try:
-            async with self._sessions.open(context) as session:
+            async with self._sessions.open(context, "Session") as session:
                 idle_s = 0.0
                 requests = Checked(request_iterator, limits.check_session)
                 while (request := await self._next(requests, idle_s)) is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
@@ -19,12 +20,15 @@ from google.protobuf.json_format import MessageToDict
 from ..proto.v1 import inference_pb2, limits
 from ..proto.v1.errors import InvalidRequestError
 from ..proto.v1.tensor_pb2 import Tensor
+from .account import Account
 from .admission import Ticket
 from .generation import Decoding, Forward
 from .links import StepKey
+from .metrics import ServingNumbers
 from .pipeline import IncomingStep, StagePipeline, Then
 from .stage import ResidentStage, StepInput
 from .tensors import check_ids, from_message, to_frames
+from .tracing import OFF, Span
 from .trial import depends_on_the_longest
 
 # Steps that a client has not taken yet, before the model waits for it.
@@ -34,7 +38,8 @@ _STEPS_AHEAD = 64
 class RingSession:
     """One sequence batch. Its methods are called one after another; `end` frees it on every stage.
 
-    name, epoch: as in the keys of its steps. The same name under a later epoch is the session begun anew.
+    name, epoch: as in the keys of its steps. The same name under a later epoch is the session begun anew. numbers: what
+    it counts into. arrived_s: when it was asked for, by `time.perf_counter`, before it had its turn.
     """
 
     def __init__(
@@ -45,9 +50,15 @@ class RingSession:
         name: str = "",
         epoch: int = 0,
         tokenizer: Callable[[], Any] | None = None,
+        numbers: ServingNumbers | None = None,
+        span: Span = OFF,
+        arrived_s: float | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._ticket = ticket
+        self._numbers = numbers or ServingNumbers()
+        self._span = span
+        self._arrived_s = arrived_s
         self._name = name or uuid.uuid4().hex
         self._epoch = epoch
         self._number = 0
@@ -189,28 +200,35 @@ class RingSession:
 
     async def generate(self, request: inference_pb2.GenerateRequest) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Decodes as `request` says, after what is cached. Left early, it stops at the next step."""
+        # The turn was waited for by the first of a session.
+        arrived_s, self._arrived_s = self._arrived_s or time.perf_counter(), None
         decoding = await self._decoding(request)
+        given = _generated(request, decoding.rows)
+        account = Account(self._numbers, self._span, arrived_s, resumed=bool(given.shape[1]))
+        account.prompt(decoding.rows * (decoding.prompt_tokens - self.length))
+        outcome = "cancelled"
         yield inference_pb2.GenerateResponse(
             accepted=inference_pb2.PromptAccepted(batch=decoding.rows, prompt_tokens=decoding.prompt_tokens)
         )
         # The model goes on while a client takes its time, up to a point.
         steps: asyncio.Queue[list[inference_pb2.GenerateResponse] | Exception | None] = asyncio.Queue(_STEPS_AHEAD)
-        driving = asyncio.create_task(self._drive(decoding, _generated(request, decoding.rows), steps))
+        driving = asyncio.create_task(self._drive(decoding, given, steps, account))
         try:
             while (responses := await steps.get()) is not None:
                 if isinstance(responses, Exception):
+                    outcome = "failed"
                     raise responses
                 for response in responses:
                     yield response
+            outcome = "stop" if decoding.stopped_early else "length"
         finally:
             driving.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await driving
             self._ticket.reserve(self.length * self.rows)
+            account.end(outcome)
         yield inference_pb2.GenerateResponse(
-            finished=inference_pb2.GenerationFinished(
-                new_tokens=decoding.new_tokens, reason="stop" if decoding.stopped_early else "length"
-            )
+            finished=inference_pb2.GenerationFinished(new_tokens=decoding.new_tokens, reason=outcome)
         )
 
     async def _decoding(self, request: inference_pb2.GenerateRequest) -> Decoding:
@@ -256,6 +274,7 @@ class RingSession:
         decoding: Decoding,
         generated: torch.Tensor,
         steps: asyncio.Queue[list[inference_pb2.GenerateResponse] | Exception | None],
+        account: Account,
     ) -> None:
         """Puts each step's messages into `steps`, and at the end None, or what it failed with."""
         try:
@@ -268,6 +287,7 @@ class RingSession:
             following: Forward | None = forwards[-1]
             while following is not None:
                 advanced = await self._pass(following, lambda logits: self._advance(decoding, logits))
+                account.step()
                 # Doesn't give the loop away unless the queue is full: the next step sets out with its group.
                 await steps.put(advanced.responses)
                 following = advanced.next
@@ -327,6 +347,7 @@ class RingSession:
         The bytes of tensors that don't fit one message follow it, the logits' first.
         """
         step = decoding.advance(logits)
+        self._numbers.generated_tokens += step.chosen
         message = inference_pb2.GeneratedStep(token_ids=step.tokens)
         later: list[inference_pb2.GenerateResponse] = []
         for tensor, field in ((step.logits, message.logits), (step.scores, message.scores)):

@@ -51,6 +51,7 @@ class StageSpec:
     anatomy: of a family that isn't listed, as a self-check has found it. code: the checkpoint's own, with which
         the model was planned. trust_remote_code: whether its tokenizer's may run, too.
     tls: files on the node, the same paths on every one; None for plain text.
+    log_format, log_level: of the worker's log lines (`worker.logs`).
     """
 
     model: str
@@ -80,6 +81,8 @@ class StageSpec:
     code: CodeSpec | None = None
     trust_remote_code: bool = False
     tls: TLS | None = None
+    log_format: str = "text"
+    log_level: str = "INFO"
 
     @property
     def fetch_bytes(self) -> int:

@@ -31,6 +31,9 @@ class Phase:
     seconds: float
     bytes_: int
     count: int
+    # From its first beginning to its last end, by `time.perf_counter`; 0 where only sums are known.
+    start_s: float = 0.0
+    end_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +53,7 @@ class Timeline:
         self._lock = threading.Lock()
         self._keep_spans = keep_spans
         self._totals: dict[str, tuple[int, int, int]] = {}
+        self._bounds_ns: dict[str, tuple[int, int]] = {}
         self._spans: list[Span] = []
         self._dropped = 0
         # Durations by the steady clock; starts shifted by a constant, so that an adjusted clock bends nothing.
@@ -73,6 +77,8 @@ class Timeline:
         with self._lock:
             nanoseconds, total_bytes, count = self._totals.get(phase, (0, 0, 0))
             self._totals[phase] = (nanoseconds + end_ns - start_ns, total_bytes + bytes_, count + 1)
+            first_ns, last_ns = self._bounds_ns.get(phase, (start_ns, end_ns))
+            self._bounds_ns[phase] = (min(first_ns, start_ns), max(last_ns, end_ns))
             if not self._keep_spans:
                 return
             if len(self._spans) >= MAX_SPANS:
@@ -102,10 +108,19 @@ class Timeline:
     def phases(self) -> tuple[Phase, ...]:
         """The totals so far, the longest first."""
         with self._lock:
-            found = [
-                Phase(name=name, seconds=nanoseconds / 1e9, bytes_=total, count=count)
-                for name, (nanoseconds, total, count) in self._totals.items()
-            ]
+            found = []
+            for name, (nanoseconds, total, count) in self._totals.items():
+                start_ns, end_ns = self._bounds_ns.get(name, (0, 0))
+                found.append(
+                    Phase(
+                        name=name,
+                        seconds=nanoseconds / 1e9,
+                        bytes_=total,
+                        count=count,
+                        start_s=start_ns / 1e9,
+                        end_s=end_ns / 1e9,
+                    )
+                )
         return tuple(sorted(found, key=lambda phase: (-phase.seconds, phase.name)))
 
     def spans(self) -> tuple[list[Span], int]:

@@ -14,6 +14,11 @@ from .common import as_json, print_json
 @click.command()
 @click.option("--host", help="Address to listen on. [default: 127.0.0.1]")
 @click.option("--port", type=click.IntRange(1, 65535), help="[default: 50051]")
+@click.option(
+    "--page-port", metavar="PORT|off", help="Port of the page that shows the cluster. [default: the one after --port]"
+)
+@click.option("--log-format", type=click.Choice(["text", "json"]), help="Of the gateway's and the workers' log lines.")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False))
 @click.option("--ray-address", help="A Ray cluster to join, in place of a local one of its own.")
 @click.option("--num-cpus", type=click.IntRange(min=1), help="CPUs for the local Ray.")
 @click.option("--num-gpus", type=click.IntRange(min=0), help="GPUs for the local Ray.")
@@ -45,12 +50,24 @@ def up(
     ray_address: str | None,
     num_cpus: int | None,
     num_gpus: int | None,
+    page_port: str | None,
+    log_format: str | None,
+    log_level: str | None,
     block: bool,
     json_: bool,
     **security: str | int | bool | None,
 ) -> None:
     """Starts a gateway, on this machine or on a Ray cluster, and prints its address."""
-    options = {"host": host, "port": port, "ray_address": ray_address, "num_cpus": num_cpus, "num_gpus": num_gpus}
+    options = {
+        "host": host,
+        "port": port,
+        "ray_address": ray_address,
+        "num_cpus": num_cpus,
+        "num_gpus": num_gpus,
+        "page_port": page_port,
+        "log_format": log_format,
+        "log_level": log_level,
+    }
     options |= {name: value for name, value in security.items() if value}
 
     def tell(what: instance.Instance | ShardliftError) -> None:
@@ -58,9 +75,11 @@ def up(
             click.echo(f"waiting: {one_line(what)}", err=True)
         elif json_:
             values = {"address": what.address, "pid": what.pid}
-            print_json({**values, "ray_address": what.ray_address, "token_file": what.token_file})
+            print_json({**values, "ray_address": what.ray_address, "token_file": what.token_file, "page": what.page})
         else:
             click.echo(what.address)
+            if what.page:
+                click.echo(f"page: {what.page}", err=True)
 
     if block:
         signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import click
 
+from .. import live
+from ..connection import Client
 from ..render import show_model, show_models, show_modules
 from .common import as_json, gateway, open_client, print_json
 
@@ -23,11 +27,17 @@ def list_models(address: str | None, token_file: str | None, json_: bool) -> Non
 
 @click.command()
 @click.argument("name")
+@click.option(
+    "--watch", is_flag=True, help="Stay, and show its stages, sessions and events as they are, until it is unloaded."
+)
 @gateway
 @as_json
-def show(name: str, address: str | None, token_file: str | None, json_: bool) -> None:
+def show(name: str, watch: bool, address: str | None, token_file: str | None, json_: bool) -> None:
     """Shows where the model NAME is: predicted and measured bytes of each stage, and what each module holds."""
     with open_client(address, token_file) as client:
+        if watch:
+            _watch(client, name, json_)
+            return
         info = client.model(name).info()
     if json_:
         print_json(info.to_dict())
@@ -35,6 +45,17 @@ def show(name: str, address: str | None, token_file: str | None, json_: bool) ->
         show_model(info)
         if info.residency:
             show_modules(info)
+
+
+def _watch(client: Client, name: str, json_: bool) -> None:
+    """Returns when the model is gone. As JSON, a line for each change."""
+    views = client.watch(name)
+    if json_:
+        for view in views:
+            click.echo(json.dumps(view.to_dict(), ensure_ascii=False))
+    else:
+        live.follow(views)
+        click.echo(f"{name} was unloaded", err=True)
 
 
 @click.command()

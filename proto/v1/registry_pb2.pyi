@@ -514,3 +514,143 @@ class ClearCachedPartsResponse(_message.Message):
     BYTES_FIELD_NUMBER: _ClassVar[int]
     bytes: int
     def __init__(self, bytes: _Optional[int] = ...) -> None: ...
+
+class DescribeClusterRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class DescribeClusterResponse(_message.Message):
+    __slots__ = ("cluster",)
+    CLUSTER_FIELD_NUMBER: _ClassVar[int]
+    cluster: ClusterView
+    def __init__(self, cluster: _Optional[_Union[ClusterView, _Mapping]] = ...) -> None: ...
+
+class WatchClusterRequest(_message.Message):
+    __slots__ = ("model", "interval_s")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    INTERVAL_S_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    interval_s: float
+    def __init__(self, model: _Optional[str] = ..., interval_s: _Optional[float] = ...) -> None: ...
+
+class WatchClusterResponse(_message.Message):
+    __slots__ = ("cluster",)
+    CLUSTER_FIELD_NUMBER: _ClassVar[int]
+    cluster: ClusterView
+    def __init__(self, cluster: _Optional[_Union[ClusterView, _Mapping]] = ...) -> None: ...
+
+class ClusterView(_message.Message):
+    __slots__ = ("unix_s", "nodes", "models", "events")
+    UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    unix_s: float
+    nodes: _containers.RepeatedCompositeFieldContainer[NodeView]
+    models: _containers.RepeatedCompositeFieldContainer[ModelView]
+    events: _containers.RepeatedCompositeFieldContainer[ClusterEvent]
+    def __init__(self, unix_s: _Optional[float] = ..., nodes: _Optional[_Iterable[_Union[NodeView, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelView, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[ClusterEvent, _Mapping]]] = ...) -> None: ...
+
+class NodeView(_message.Message):
+    __slots__ = ("node", "alive", "devices", "is_head")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    ALIVE_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    IS_HEAD_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    alive: bool
+    devices: _containers.RepeatedCompositeFieldContainer[DeviceView]
+    is_head: bool
+    def __init__(self, node: _Optional[str] = ..., alive: _Optional[bool] = ..., devices: _Optional[_Iterable[_Union[DeviceView, _Mapping]]] = ..., is_head: _Optional[bool] = ...) -> None: ...
+
+class DeviceView(_message.Message):
+    __slots__ = ("device", "total_bytes", "free_bytes", "name")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    device: str
+    total_bytes: int
+    free_bytes: int
+    name: str
+    def __init__(self, device: _Optional[str] = ..., total_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
+
+class ModelView(_message.Message):
+    __slots__ = ("name", "state", "reason", "path", "quantization", "stages", "recoveries", "recovery_seconds", "load_seconds", "sessions_running", "sessions_waiting", "max_sessions", "reserved_tokens", "kv_tokens", "generated_tokens", "tokens_per_second")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    RECOVERIES_FIELD_NUMBER: _ClassVar[int]
+    RECOVERY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_WAITING_FIELD_NUMBER: _ClassVar[int]
+    MAX_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    state: ModelState
+    reason: str
+    path: str
+    quantization: str
+    stages: _containers.RepeatedCompositeFieldContainer[StageView]
+    recoveries: int
+    recovery_seconds: float
+    load_seconds: float
+    sessions_running: int
+    sessions_waiting: int
+    max_sessions: int
+    reserved_tokens: int
+    kv_tokens: int
+    generated_tokens: int
+    tokens_per_second: float
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., reason: _Optional[str] = ..., path: _Optional[str] = ..., quantization: _Optional[str] = ..., stages: _Optional[_Iterable[_Union[StageView, _Mapping]]] = ..., recoveries: _Optional[int] = ..., recovery_seconds: _Optional[float] = ..., load_seconds: _Optional[float] = ..., sessions_running: _Optional[int] = ..., sessions_waiting: _Optional[int] = ..., max_sessions: _Optional[int] = ..., reserved_tokens: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., tokens_per_second: _Optional[float] = ...) -> None: ...
+
+class StageView(_message.Message):
+    __slots__ = ("index", "node", "device", "first_layer", "last_layer", "resident_bytes", "workspace_bytes", "kv_bytes", "kv_budget_bytes", "sessions", "answers", "progress")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    LAST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WORKSPACE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    node: str
+    device: str
+    first_layer: int
+    last_layer: int
+    resident_bytes: int
+    workspace_bytes: int
+    kv_bytes: int
+    kv_budget_bytes: int
+    sessions: int
+    answers: bool
+    progress: StageProgress
+    def __init__(self, index: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_budget_bytes: _Optional[int] = ..., sessions: _Optional[int] = ..., answers: _Optional[bool] = ..., progress: _Optional[_Union[StageProgress, _Mapping]] = ...) -> None: ...
+
+class ClusterEvent(_message.Message):
+    __slots__ = ("unix_s", "kind", "model", "text", "count")
+    UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    unix_s: float
+    kind: str
+    model: str
+    text: str
+    count: int
+    def __init__(self, unix_s: _Optional[float] = ..., kind: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...

@@ -86,6 +86,16 @@ class ModelRegistryServiceStub:
                 request_serializer=shardlift_dot_proto_dot_v1_dot_saving__pb2.SaveModelRequest.SerializeToString,
                 response_deserializer=shardlift_dot_proto_dot_v1_dot_saving__pb2.SaveModelResponse.FromString,
                 _registered_method=True)
+        self.DescribeCluster = channel.unary_unary(
+                '/shardlift.v1.ModelRegistryService/DescribeCluster',
+                request_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.DescribeClusterRequest.SerializeToString,
+                response_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.DescribeClusterResponse.FromString,
+                _registered_method=True)
+        self.WatchCluster = channel.unary_stream(
+                '/shardlift.v1.ModelRegistryService/WatchCluster',
+                request_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.WatchClusterRequest.SerializeToString,
+                response_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.WatchClusterResponse.FromString,
+                _registered_method=True)
 
 
 class ModelRegistryServiceServicer:
@@ -161,6 +171,21 @@ class ModelRegistryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DescribeCluster(self, request, context):
+        """The cluster as it is now: nodes and devices, models laid over them, what is loading, what has happened.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchCluster(self, request, context):
+        """The same for as long as somebody looks: at once, and whenever something has changed. With a model's name it ends
+        when that model is gone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelRegistryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -213,6 +238,16 @@ def add_ModelRegistryServiceServicer_to_server(servicer, server):
                     servicer.SaveModel,
                     request_deserializer=shardlift_dot_proto_dot_v1_dot_saving__pb2.SaveModelRequest.FromString,
                     response_serializer=shardlift_dot_proto_dot_v1_dot_saving__pb2.SaveModelResponse.SerializeToString,
+            ),
+            'DescribeCluster': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeCluster,
+                    request_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.DescribeClusterRequest.FromString,
+                    response_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.DescribeClusterResponse.SerializeToString,
+            ),
+            'WatchCluster': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchCluster,
+                    request_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.WatchClusterRequest.FromString,
+                    response_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.WatchClusterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -486,6 +521,60 @@ class ModelRegistryService:
             '/shardlift.v1.ModelRegistryService/SaveModel',
             shardlift_dot_proto_dot_v1_dot_saving__pb2.SaveModelRequest.SerializeToString,
             shardlift_dot_proto_dot_v1_dot_saving__pb2.SaveModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeCluster(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardlift.v1.ModelRegistryService/DescribeCluster',
+            shardlift_dot_proto_dot_v1_dot_registry__pb2.DescribeClusterRequest.SerializeToString,
+            shardlift_dot_proto_dot_v1_dot_registry__pb2.DescribeClusterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchCluster(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shardlift.v1.ModelRegistryService/WatchCluster',
+            shardlift_dot_proto_dot_v1_dot_registry__pb2.WatchClusterRequest.SerializeToString,
+            shardlift_dot_proto_dot_v1_dot_registry__pb2.WatchClusterResponse.FromString,
             options,
             channel_credentials,
             insecure,

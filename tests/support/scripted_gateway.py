@@ -117,6 +117,6 @@ class _Servicer:
     def __getattr__(self, method: str) -> Any:
         if method.startswith("_"):
             raise AttributeError(method)
-        if method in ("LoadModel", "Generate", "Forward", "Session"):
+        if method in ("LoadModel", "WatchCluster", "Generate", "Forward", "Session"):
             return lambda request, context: self._gateway.take(method, request, context)
         return lambda request, context: _only(self._gateway.take(method, request, context))

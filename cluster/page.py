@@ -1,0 +1,198 @@
+"""The page: what the gateway knows of its cluster, for a browser. Static files, and JSON that one of them asks for.
+
+It tells names, places and failures, so it wants the gateway's token wherever that does: as `Authorization: Bearer`, or
+once in a form (or `?token=`), for which the browser gets a cookie. The cookie is not the token: who reads it can look,
+and not load.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import hmac
+import ipaddress
+import logging
+import os
+import ssl
+import urllib.parse
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+
+from aiohttp import web
+from google.protobuf.json_format import MessageToDict
+
+from ..proto.v1.errors import InvalidRequestError, one_line
+from ..proto.v1.tls import TLS
+from .lookout import Lookout
+
+logger = logging.getLogger(__name__)
+
+FILES = Path(__file__).parent / "static"
+COOKIE = "shardlift-page"
+_TYPES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript", "login.html": "text/html"}
+# Without the token, for they tell nothing.
+_OPEN = ("/page.css", "/login")
+_MOST_FORM_BYTES = 4096
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Page:
+    """Serves it from `start` to `stop`. token: that everybody needs; None where only this machine reaches it.
+
+    tls: the gateway's, for the page too; files that change count for connections that come after.
+    """
+
+    def __init__(self, lookout: Lookout, token: str | None, tls: TLS | None = None) -> None:
+        self._lookout = lookout
+        self._tls = tls
+        self._token = None if token is None else token.encode()
+        self._cookie = None if token is None else _cookie_of(token)
+        self._runner: web.AppRunner | None = None
+        self.url = ""
+
+    async def start(self, host: str, port: int) -> str:
+        """Listens; gives its URL. Raises InvalidRequestError where it can't."""
+        app = web.Application(middlewares=[self._guard], client_max_size=_MOST_FORM_BYTES)
+        app.router.add_get("/", partial(_file, "index.html"))
+        app.router.add_get("/page.css", partial(_file, "page.css"))
+        app.router.add_get("/page.js", partial(_file, "page.js"))
+        app.router.add_get("/state", self._state)
+        app.router.add_get("/login", partial(_file, "login.html"))
+        app.router.add_post("/login", self._login)
+        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
+        await runner.setup()
+        try:
+            site = web.TCPSite(
+                runner, host, port, ssl_context=None if self._tls is None else _server_context(self._tls)
+            )
+            await site.start()
+        except (OSError, OverflowError) as error:
+            await runner.cleanup()
+            why = "another program has it" if getattr(error, "errno", 0) == errno.EADDRINUSE else one_line(error, 200)
+            raise InvalidRequestError(
+                f"port {port} of {host} can't be listened on for the page: {why}; choose another with --page-port"
+            ) from None
+        self._runner = runner
+        bound = runner.addresses[0][1]
+        self.url = f"http{'s' * (self._tls is not None)}://{f'[{host}]' if ':' in host else host}:{bound}/"
+        return self.url
+
+    async def stop(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def _state(self, request: web.Request) -> web.Response:
+        view = await self._lookout.view()
+        return web.json_response(
+            MessageToDict(view, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+        )
+
+    async def _login(self, request: web.Request) -> web.StreamResponse:
+        form = await request.post()
+        return self._let_in(str(form.get("token", "")), "/")
+
+    def _let_in(self, token: str, to: str) -> web.StreamResponse:
+        """Sends the browser on with a cookie, or back to the form."""
+        if self._token is None or self._cookie is None:
+            return _redirect("/")
+        if not hmac.compare_digest(token.strip().encode(), self._token):
+            return _redirect("/login#wrong")
+        response = _redirect(to)
+        secure = self._tls is not None
+        response.set_cookie(COOKIE, self._cookie, httponly=True, secure=secure, samesite="Strict", path="/")
+        return response
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        response = await self._guarded(request, handler)
+        response.headers.update(_HEADERS)
+        return response
+
+    async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            if self._token is None:
+                # A site that resolves to this machine must not read it through its visitor's browser.
+                if not _names_this_machine(request.headers.get("Host", "")):
+                    return web.Response(status=403, text="this page is for its own machine: ask for it by an address\n")
+            elif "token" in request.query and request.method == "GET":
+                # Not to stay in the address, nor in what is noted of it.
+                return self._let_in(request.query["token"], "/")
+            elif request.path not in _OPEN and not self._knows(request):
+                if request.path == "/":
+                    return _redirect("/login")
+                return web.Response(status=401, text="the page wants the gateway's token\n")
+            return await handler(request)
+        except web.HTTPException as error:
+            return web.Response(status=error.status, text=f"{error.reason}\n")
+
+    def _knows(self, request: web.Request) -> bool:
+        assert self._token is not None
+        assert self._cookie is not None
+        given = request.headers.get("Authorization", "").encode()
+        cookie = request.cookies.get(COOKIE, "").encode()
+        by_header = hmac.compare_digest(given, b"Bearer " + self._token)
+        by_cookie = hmac.compare_digest(cookie, self._cookie.encode())
+        return by_header or by_cookie
+
+
+def _redirect(to: str) -> web.Response:
+    return web.Response(status=303, headers={"Location": to})
+
+
+async def _file(name: str, request: web.Request) -> web.StreamResponse:
+    return web.Response(body=(FILES / name).read_bytes(), content_type=_TYPES[name], charset="utf-8")
+
+
+def _cookie_of(token: str) -> str:
+    return hmac.new(token.encode(), b"shardlift page", hashlib.sha256).hexdigest()
+
+
+def _names_this_machine(host: str) -> bool:
+    """Whether a Host header is localhost or an address: no name that somebody else could have pointed here."""
+    try:
+        name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
+
+
+def _server_context(tls: TLS) -> ssl.SSLContext:
+    """Of a server whose certificate is read again for a connection when its file has changed."""
+    assert tls.cert is not None
+
+    def load(context: ssl.SSLContext) -> None:
+        assert tls.cert is not None
+        context.load_cert_chain(tls.cert, tls.key)
+
+    def stamp() -> tuple[int, ...]:
+        return tuple(os.stat(path).st_mtime_ns for path in (tls.cert, tls.key) if path is not None)
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    load(context)
+    seen = [stamp()]
+
+    def renew(connection: ssl.SSLObject, name: str | None, of: ssl.SSLContext) -> None:
+        try:
+            if (now := stamp()) != seen[0]:
+                load(of)
+                seen[0] = now
+        except (OSError, ssl.SSLError) as error:
+            # Half written, perhaps: the old one still stands.
+            logger.warning("the page's certificate can't be read again: %s", one_line(error, 200))
+
+    context.sni_callback = renew
+    if tls.ca is not None:
+        context.load_verify_locations(tls.ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
