@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import tempfile
@@ -137,6 +138,7 @@ async def browser_tab() -> AsyncIterator[Tab]:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
+            start_new_session=True,
             env={**os.environ, "HOME": home},
         )
         try:
@@ -151,12 +153,10 @@ async def browser_tab() -> AsyncIterator[Tab]:
                     finally:
                         await tab.close()
         finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            # With its helpers, of which some would stay.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             assert process.stderr is not None
             process.stderr.close()
 
