@@ -28,7 +28,7 @@ class GatewayOptions:
     stage_tls: TLS | None = None
     allow_remote_code: bool = False
     page_port: int | None = None
-    log: LogSettings = LogSettings()
+    log: LogSettings = LogSettings()  # noqa: RUF009 - a value
 
     def lacking(self, actual: GatewayOptions) -> list[str]:
         """Flags that are asked for here, and that a gateway which runs already has otherwise."""
