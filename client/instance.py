@@ -42,6 +42,8 @@ class Instance:
     pid: int | None = None
     ray_address: str | None = None
     token_file: str | None = None
+    # For how long a stop lets running calls go on.
+    grace_s: float = 0.0
 
     @property
     def token(self) -> str | None:
@@ -103,6 +105,7 @@ def start(
     ray_address: str | None = None,
     num_cpus: int | None = None,
     num_gpus: int | None = None,
+    grace_s: float | None = None,
     timeout_s: float = START_TIMEOUT_S,
 ) -> Instance:
     """Starts a gateway, on a Ray of its own or on the cluster at `ray_address`, and returns once it answers.
@@ -129,6 +132,7 @@ def start(
             "--ray-address": ray_address,
             "--num-cpus": num_cpus,
             "--num-gpus": num_gpus,
+            "--grace": grace_s,
         }
         arguments = [text for name, value in options.items() if value is not None for text in (name, str(value))]
         instance = _launch(arguments, timeout_s)
@@ -145,12 +149,13 @@ def stop() -> Instance | None:
         if instance is None:
             return None
         command = [sys.executable, "-m", "shardlift.cluster.down", "--json"]
+        limit_s = instance.grace_s + STOP_TIMEOUT_S
         try:
             done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=STOP_TIMEOUT_S, check=False
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=limit_s, check=False
             )
         except subprocess.TimeoutExpired:
-            raise InternalError(f"the local instance did not stop within {STOP_TIMEOUT_S:g} s") from None
+            raise InternalError(f"the local instance did not stop within {limit_s:g} s") from None
         if done.returncode != 0:
             raise _failure(done.stdout, done.stderr, "the local instance did not stop")
         _forget(instance)
@@ -249,6 +254,7 @@ def _from_dict(values: dict[str, Any]) -> Instance:
         pid=None if values.get("pid") is None else int(values["pid"]),
         ray_address=values.get("ray_address"),
         token_file=values.get("token_file"),
+        grace_s=float(values.get("grace_s") or 0.0),
     )
 
 

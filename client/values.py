@@ -238,7 +238,8 @@ class StageResidency:
 class ModelInfo:
     """One model in the registry. `state` is "loading", "ready", "recovering", "unavailable" or "unloading".
 
-    recoveries: how often lost stages were brought back. recovery_seconds: how long that took the last time.
+    recoveries: how often lost stages were brought back. recovery_seconds: how long that took the last time. moves: how
+    often stages were moved off nodes that were drained. drained_nodes: those that are drained and hold a stage still.
     """
 
     name: str
@@ -252,6 +253,8 @@ class ModelInfo:
     load_seconds: float
     recoveries: int = 0
     recovery_seconds: float = 0.0
+    moves: int = 0
+    drained_nodes: tuple[str, ...] = ()
 
     @classmethod
     def from_proto(cls, info: registry_pb2.ModelInfo) -> ModelInfo:
@@ -268,6 +271,8 @@ class ModelInfo:
             load_seconds=info.load_seconds,
             recoveries=info.recoveries,
             recovery_seconds=info.recovery_seconds,
+            moves=info.moves,
+            drained_nodes=tuple(info.drained_nodes),
         )
 
     @property
@@ -287,6 +292,7 @@ class ModelInfo:
             "total_resident_bytes": self.plan.total_resident_bytes,
             "measured_bytes": self.measured_bytes,
             "reason": self.reason,
+            "drained_nodes": list(self.drained_nodes),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -307,6 +313,8 @@ class ModelInfo:
         values["load_seconds"] = self.load_seconds
         values["recoveries"] = self.recoveries
         values["recovery_seconds"] = self.recovery_seconds
+        values["moves"] = self.moves
+        values["drained_nodes"] = list(self.drained_nodes)
         values["commit"] = self.plan.commit
         values["dtype"] = self.plan.dtype
         values["reason"] = self.reason

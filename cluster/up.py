@@ -23,6 +23,7 @@ from ..proto.v1.errors import GatewayUnavailableError, one_line
 from ..proto.v1.status import to_error
 from .auth import is_loopback, keep_token
 from .controller import start_controller, stop_controller
+from .gateway import GRACE_S
 from .instance_file import home
 from .placement import NAMESPACE
 
@@ -40,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ray-address")
     parser.add_argument("--num-cpus", type=int)
     parser.add_argument("--num-gpus", type=int)
+    parser.add_argument("--grace", type=float, default=GRACE_S)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     stopped = threading.Event()
@@ -52,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             _start_ray(options.num_cpus, options.num_gpus)
         port = options.port or _free_port(options.host)
-        address = start_controller(options.host, port, None if token_file is None else str(token_file))
+        address = start_controller(options.host, port, None if token_file is None else str(token_file), options.grace)
     except Exception as error:
         ours = to_error(error)
         print(json.dumps({"error": type(ours).__name__, "message": str(ours)}), flush=True)
@@ -63,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         "pid": None if options.ray_address else os.getpid(),
         "ray_address": ray.get_runtime_context().gcs_address,
         "token_file": token_file and str(token_file),
+        "grace_s": options.grace,
     }
     print(json.dumps(answer), flush=True)
     if not options.ray_address:

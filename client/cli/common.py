@@ -42,7 +42,7 @@ def gateway(command: Command) -> Command:
 
 def open_client(address: str | None, token_file: str | None, *, start: bool = False) -> Client:
     """The client for `gateway`'s options; `start` allows to start the local instance."""
-    token = _read_secret(token_file)
+    token = read_secret(token_file)
     return connect_or_start(address, token) if start else connect(address, token)
 
 
@@ -62,7 +62,7 @@ def checkpoint_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
         arguments["max_memory"] = _limits(values["max_memory"])
     if (quantization := _quantization(values)) is not None:
         arguments["quantization_config"] = quantization
-    if (token := _read_secret(values.get("hf_token_file"))) is not None:
+    if (token := read_secret(values.get("hf_token_file"))) is not None:
         arguments["token"] = token
     return arguments
 
@@ -154,5 +154,5 @@ def _limits(texts: tuple[str, ...]) -> dict[str, Any]:
     return limits
 
 
-def _read_secret(path: str | None) -> str | None:
+def read_secret(path: str | None) -> str | None:
     return None if path is None else Path(path).read_text(encoding="utf-8").strip() or None

@@ -18,6 +18,13 @@ from .common import as_json, print_json
 @click.option("--num-cpus", type=click.IntRange(min=1), help="CPUs for the local Ray.")
 @click.option("--num-gpus", type=click.IntRange(min=0), help="GPUs for the local Ray.")
 @click.option(
+    "--grace",
+    "grace_s",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="For how long running calls may go on when the gateway is stopped. [default: 30]",
+)
+@click.option(
     "--block",
     is_flag=True,
     help="Stay, and start the gateway again where it has gone. Ctrl-C or SIGTERM stops it, as `shardlift down` does.",
@@ -29,11 +36,19 @@ def up(
     ray_address: str | None,
     num_cpus: int | None,
     num_gpus: int | None,
+    grace_s: float | None,
     block: bool,
     json_: bool,
 ) -> None:
     """Starts a gateway, on this machine or on a Ray cluster, and prints its address."""
-    options = {"host": host, "port": port, "ray_address": ray_address, "num_cpus": num_cpus, "num_gpus": num_gpus}
+    options = {
+        "host": host,
+        "port": port,
+        "ray_address": ray_address,
+        "num_cpus": num_cpus,
+        "num_gpus": num_gpus,
+        "grace_s": grace_s,
+    }
 
     def tell(what: instance.Instance | ShardliftError) -> None:
         if isinstance(what, ShardliftError):
@@ -54,7 +69,7 @@ def up(
 @click.command()
 @as_json
 def down(json_: bool) -> None:
-    """Stops the local instance, and every model on it."""
+    """Stops the local instance, and every model on it. Calls that run may go on for the grace that `up` was given."""
     stopped = instance.stop()
     if json_:
         print_json({"stopped": stopped is not None, "address": None if stopped is None else stopped.address})

@@ -14,10 +14,12 @@ from ... import __version__
 from ...proto.v1.errors import ShardliftError, one_line
 from .cache import cache
 from .chat import chat
+from .doctor import doctor
 from .generate import generate
 from .instance import down, up
 from .load import load
 from .models import list_models, show, unload
+from .nodes import drain, list_nodes, undrain
 from .plan import plan
 
 INTERRUPTED = 130
@@ -46,7 +48,22 @@ def cli() -> None:
     """Loads models into a cluster, shows where they are, and talks to them."""
 
 
-for command in (up, down, plan, load, list_models, show, generate, chat, unload, cache):
+for command in (
+    up,
+    down,
+    plan,
+    load,
+    list_models,
+    show,
+    generate,
+    chat,
+    unload,
+    cache,
+    list_nodes,
+    drain,
+    undrain,
+    doctor,
+):
     cli.add_command(command)
 
 

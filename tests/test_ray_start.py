@@ -1,0 +1,169 @@
+"""A head and two workers as the manifests start them, each in a network of its own: what happens between machines.
+
+`ray start` with KubeRay's flags, in separate processes; a job over HTTP; the handle from outside; a node whose cable is
+cut; a gateway that is stopped and started in the middle of a stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import shardlift
+from shardlift.client.connection import Client
+from shardlift.proto.v1 import errors
+from tests.support import checkpoints
+from tests.support.cluster import eventually
+from tests.support.machines import Machine, machines
+from tests.support.ray_start import BIN, submit
+from tests.test_k8s import KUBECTL, env, flags, ray_cluster
+
+pytestmark = [
+    pytest.mark.skipif(KUBECTL is None, reason="kubectl is not installed (the dev extra brings it)"),
+    pytest.mark.timeout(600),
+]
+
+IDS = torch.arange(5, 17)[None]
+TOKENS = 300
+TOKEN = "the-gateways-token"
+GATEWAY_PORT, GCS_PORT, DASHBOARD_PORT = 50051, 6379, 8265
+
+
+@dataclass
+class Running:
+    """`head`, `first`, `second`: the machines. gateway: how to run its container's command on the head."""
+
+    head: Machine
+    first: Machine
+    second: Machine
+    environment: dict[str, str]
+    folder: Path
+
+    @property
+    def address(self) -> str:
+        return f"{self.head.address}:{GATEWAY_PORT}"
+
+    @property
+    def jobs(self) -> str:
+        return f"http://{self.head.address}:{DASHBOARD_PORT}"
+
+    @contextlib.contextmanager
+    def gateway(self) -> Iterator[subprocess.Popen[bytes]]:
+        """The gateway's container."""
+        (container,) = (
+            each
+            for each in ray_cluster("overlays/cpu")["headGroupSpec"]["template"]["spec"]["containers"]
+            if each["name"] == "gateway"
+        )
+        log = self.folder / "gateway.log"
+        with self.head.running(container["command"], self.environment, log) as process:
+            yield process
+
+    def is_up(self) -> bool:
+        try:
+            with shardlift.connect(self.address, TOKEN, timeout_s=1) as client:
+                client.infos()
+        except errors.ShardliftError:
+            return False
+        return True
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The cluster of k8s/overlays/cpu, without its gateway."""
+    folder = tmp_path_factory.mktemp("machines")
+    spec = ray_cluster("overlays/cpu")
+    (stages,) = spec["workerGroupSpecs"]
+    (folder / "run").mkdir()
+    (folder / "run" / "token").write_text(TOKEN)
+    with machines(3) as (head, first, second):
+        environment = os.environ | {
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            # As the head's and the gateway's containers have it, with folders of this test.
+            "SHARDLIFT_HOME": str(folder / "run"),
+            "RAY_ADDRESS": f"{head.address}:{GCS_PORT}",
+            # What KubeRay adds.
+            "RAY_AUTH_MODE": spec["authOptions"]["mode"],
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        for name in ("SHARDLIFT_TOKEN", "SHARDLIFT_PORT"):
+            environment.pop(name, None)
+        environment |= {"SHARDLIFT_ADDRESS": f"{head.address}:{GATEWAY_PORT}"}
+        job = environment | {"SHARDLIFT_TOKEN": TOKEN}
+        worker_env = env(stages["template"]["spec"]["containers"][0])
+        drain_s = worker_env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]
+        with contextlib.ExitStack() as stack:
+            command = ["ray", "start", "--head", f"--node-ip-address={head.address}", f"--port={GCS_PORT}"]
+            command += flags(spec["headGroupSpec"])
+            stack.enter_context(head.running(command, job, folder / "head.log", ready=(head.address, DASHBOARD_PORT)))
+            for machine in (first, second):
+                own = environment | {
+                    "SHARDLIFT_CACHE": str(folder / f"parts-{machine.address}"),
+                    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": drain_s,
+                }
+                command = ["ray", "start", f"--address={head.address}:{GCS_PORT}"]
+                command += [f"--node-ip-address={machine.address}", *flags(stages)]
+                log = folder / f"{machine.address}.log"
+                stack.enter_context(machine.running(command, own, log))
+            for machine in (first, second):
+                log = folder / f"{machine.address}.log"
+                eventually(lambda log=log: "Ray runtime started" in log.read_text(), "a node did not join", 120)  # type: ignore[misc]
+            yield Running(head, first, second, environment | {"SHARDLIFT_TOKEN": ""}, folder)
+
+
+def stream(client: Client, name: str, at: int, disturb: object) -> list[int]:
+    """The tokens of a generation that is disturbed after some of them."""
+    tokens: list[int] = []
+    with client.model(name).stream(IDS, max_new_tokens=TOKENS, do_sample=False) as steps:
+        for step in steps:
+            tokens += step.token_ids
+            if len(tokens) == at:
+                disturb()  # type: ignore[operator]
+    return tokens
+
+
+def test_a_cluster_as_the_manifests_start_it(running: Running) -> None:
+    folder = checkpoints.tiny("llama", running.folder / "llama", max_position_embeddings=100_000)
+    with running.gateway():
+        eventually(running.is_up, "the gateway does not answer", 120)
+
+        # A job over HTTP, its progress in its log; the model outlives it.
+        command = ["shardlift", "load", str(folder), "--name", "many", "--num-stages", "2"]
+        job = submit(running.jobs, running.environment, command)
+        assert job.returncode == 0, job.stdout + job.stderr
+        assert f"many at {running.address}" in job.stdout
+        assert "stage 0 on" in job.stdout
+        assert "\r" not in job.stdout, "no bars where there is no terminal"
+
+        # From outside: another machine's process, with the gateway's token and nothing of Ray.
+        with shardlift.connect(running.address, TOKEN) as client:
+            model = client.model("many")
+            nodes = {stage.node for stage in model.info().plan.stages}
+            assert nodes == {running.first.address, running.second.address}
+            expected = model.generate(IDS, max_new_tokens=TOKENS, do_sample=False)[0, IDS.shape[1] :].tolist()
+        with pytest.raises(errors.AuthenticationError), shardlift.connect(running.address, "wrong") as client:
+            client.infos()
+
+    # The gateway's container was told to end, and the model stayed: the next one finds it.
+    with running.gateway(), shardlift.connect(running.address, TOKEN, timeout_s=120) as client:
+        eventually(running.is_up, "the gateway does not come back", 120)
+        assert client.model("many").info().state == "ready"
+
+        # The cable of a node is cut: Ray needs long to notice, and the stream doesn't.
+        lost = next(each for each in (running.first, running.second) if each.address in nodes)
+        kept = running.second if lost is running.first else running.first
+        try:
+            assert stream(client, "many", 5, lost.cut) == expected
+            assert {stage.node for stage in client.model("many").info().plan.stages} == {kept.address}
+            assert client.model("many").info().recoveries == 1
+        finally:
+            lost.mend()
