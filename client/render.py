@@ -144,7 +144,7 @@ def show_models(models: Iterable[ModelInfo]) -> None:
         measured = info.measured_bytes
         table.add_row(
             info.name,
-            info.state,
+            ", on drained ".join([info.state, *info.drained_nodes[:1]]),
             info.path or info.plan.model,
             info.plan.quantization,
             str(len(info.plan.stages)),

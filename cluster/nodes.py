@@ -45,8 +45,15 @@ def names(alive: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     }
 
 
+def order(node: Mapping[str, Any]) -> tuple[list[tuple[int, str]], str]:
+    """By which nodes are sorted: addresses as numbers."""
+    parts = node["NodeManagerAddress"].split(".")
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in parts], node["NodeID"]
+
+
 def nodes() -> list[Node]:
-    alive = [node for node in ray.nodes() if node["Alive"]]
+    """Those that Ray takes for alive, by address."""
+    alive = sorted((node for node in ray.nodes() if node["Alive"]), key=order)
     named, marked, ending = names(alive), _marked(), ending_ids()
     return [
         Node(

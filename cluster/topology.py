@@ -6,7 +6,6 @@ import subprocess
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node
@@ -38,7 +37,7 @@ def discover(held: Collection[str] = (), without: Collection[str] = ()) -> list[
     """
     alive = [node for node in ray.nodes() if node["Alive"]]
     drained, ending = cluster_nodes.drained_ids(), cluster_nodes.ending_ids()
-    nodes = sorted((node for node in alive if node["NodeID"] not in {*without, *ending}), key=_order)
+    nodes = sorted((node for node in alive if node["NodeID"] not in {*without, *ending}), key=cluster_nodes.order)
     available = available_resources_per_node()
     node_names = cluster_nodes.names(alive)
     gpus = _probe_gpus([node["NodeID"] for node in nodes if node["Resources"].get("GPU")])
@@ -66,11 +65,6 @@ def with_speeds(devices: Sequence[Device], names: Mapping[str, str]) -> list[Dev
     if not all(known.values()):
         return list(devices)
     return [replace(device, speed=known.get(device.path) or device.speed) for device in devices]
-
-
-def _order(node: dict[str, Any]) -> tuple[list[tuple[int, str]], str]:
-    parts = node["NodeManagerAddress"].split(".")
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in parts], node["NodeID"]
 
 
 def _free_ids(node: str, node_id: str, total: int, free: int, held: Collection[str]) -> set[int]:

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,19 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
+
+    def stop(*_: object) -> None:
+        stopped.set()
+
+    _at_end(stop)
     try:
         token_file = _token_file(options.host)
         if options.ray_address:
             _join(options.ray_address)
         else:
             _start_ray(options.num_cpus, options.num_gpus)
+            # Ray puts its own in their place, which ends all of it at once.
+            _at_end(stop)
         port = options.port or _free_port(options.host)
         address = start_controller(options.host, port, None if token_file is None else str(token_file), options.grace)
     except Exception as error:
@@ -73,6 +79,11 @@ def main(arguments: list[str] | None = None) -> int:
         stop_controller(unload=True)
     ray.shutdown()
     return 0
+
+
+def _at_end(stop: Callable[..., None]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
 
 
 def _free_port(host: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.server
 import json
@@ -17,17 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from click.testing import CliRunner
+from ray._private.state import actors
 from ray.cluster_utils import Cluster
 
 import shardlift
 from shardlift.client.cli.main import cli
 from shardlift.client.nodes import Finding, version_finding
 from shardlift.cluster.doctor import kernels, probes, verdicts
+from shardlift.cluster.doctor.cluster import _examine, _Patient
 from shardlift.cluster.doctor.echo import Counter, measure
 from shardlift.cluster.doctor.seen import Disk, Gpu, Hub, Kernel, Kernels
-from tests.support.cluster import ADDRESSES, RunningCluster
+from shardlift.cluster.nodes import Node
+from tests.support.cluster import ADDRESSES, RunningCluster, eventually
 
 GIB = 1 << 30
 
@@ -288,8 +291,27 @@ def test_all_nodes(cluster: RunningCluster) -> None:
     assert [each for each in findings if each["verdict"] != "ok" and not each["remedy"]] == []
     shown = CliRunner().invoke(cli, ["list", "--address", cluster.gateway])
     assert shown.exit_code == 0
-    states = [actor["state"] for actor in ray.util.state.list_actors() if "Examiner" in actor["class_name"]]
-    assert "ALIVE" not in states
+
+    def examiners() -> list[str]:
+        return [actor["State"] for actor in actors().values() if actor["ActorClassName"] == "Examiner"]
+
+    assert len(examiners()) == len(ADDRESSES)
+    eventually(lambda: "ALIVE" not in examiners(), "examiners are left")
+
+
+async def test_a_node_that_does_not_answer_gets_a_verdict() -> None:
+    class Hanging:
+        class examine:  # noqa: N801 - as Ray's handles have methods
+            @staticmethod
+            def remote() -> asyncio.Future[None]:
+                return asyncio.get_running_loop().create_future()
+
+    node = Node(name="10.0.0.7", node_id="a" * 56, address="10.0.0.7", hostname="h", is_drained=False, by_ray=False)
+    patient = _Patient(node=node, gpus=0, examiner=Hanging())
+    (found,), well = await _examine(patient, 0.1, [])
+    assert well is None
+    assert (found.check, found.node, found.verdict) == ("node", "10.0.0.7", "fail")
+    assert found.finding == "it did not answer within 0.1 s"
 
 
 @pytest.fixture
@@ -319,6 +341,7 @@ def odd_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple
         cluster.shutdown()
 
 
+@pytest.mark.soak  # for as long as the nodes that don't hang may need
 def test_nodes_that_differ_and_one_that_hangs(odd_nodes: tuple[Cluster, list[Any]], tmp_path: Path) -> None:
     cluster, nodes = odd_nodes
     raylet = nodes[2].all_processes["raylet"][0].process.pid

@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,11 +21,12 @@ import torch
 import shardlift
 from shardlift.client.connection import Client
 from shardlift.proto.v1 import errors
+from shardlift.worker.byte_sizes import parse_size
 from tests.support import checkpoints
 from tests.support.cluster import eventually
 from tests.support.machines import Machine, machines
 from tests.support.ray_start import BIN, submit
-from tests.test_k8s import KUBECTL, env, flags, ray_cluster
+from tests.test_k8s import KUBECTL, env, ray_cluster
 
 pytestmark = [
     pytest.mark.skipif(KUBECTL is None, reason="kubectl is not installed (the dev extra brings it)"),
@@ -34,6 +36,8 @@ pytestmark = [
 IDS = torch.arange(5, 17)[None]
 TOKENS = 300
 TOKEN = "the-gateways-token"
+# The machines' addresses are nobody's: a proxy would look for them elsewhere.
+PROXIES = [name for each in ("http_proxy", "https_proxy", "all_proxy") for name in (each, each.upper())]
 GATEWAY_PORT, GCS_PORT, DASHBOARD_PORT = 50051, 6379, 8265
 
 
@@ -95,10 +99,10 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
         }
-        for name in ("SHARDLIFT_TOKEN", "SHARDLIFT_PORT"):
+        for name in ("SHARDLIFT_TOKEN", "SHARDLIFT_PORT", *PROXIES):
             environment.pop(name, None)
-        environment |= {"SHARDLIFT_ADDRESS": f"{head.address}:{GATEWAY_PORT}"}
-        job = environment | {"SHARDLIFT_TOKEN": TOKEN}
+        # Jobs run in the head's container, and ask the gateway beside them.
+        job = environment | {"SHARDLIFT_TOKEN": TOKEN, "SHARDLIFT_ADDRESS": f"127.0.0.1:{GATEWAY_PORT}"}
         worker_env = env(stages["template"]["spec"]["containers"][0])
         drain_s = worker_env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]
         with contextlib.ExitStack() as stack:
@@ -117,7 +121,19 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             for machine in (first, second):
                 log = folder / f"{machine.address}.log"
                 eventually(lambda log=log: "Ray runtime started" in log.read_text(), "a node did not join", 120)  # type: ignore[misc]
-            yield Running(head, first, second, environment | {"SHARDLIFT_TOKEN": ""}, folder)
+            with pytest.MonkeyPatch.context() as patch:
+                for name in PROXIES:
+                    patch.delenv(name, raising=False)
+                yield Running(head, first, second, environment, folder)
+            for machine in (head, first, second):
+                machine.end()  # rather than wait for Ray's own end
+
+
+def flags(group: dict[str, Any]) -> list[str]:
+    """`ray start`'s, as KubeRay makes them of a group: all of them, ports too."""
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    values = {"num-cpus": limits["cpu"], "memory": str(parse_size(f"{limits['memory']}B")), **group["rayStartParams"]}
+    return [f"--{name}={value}" for name, value in values.items()] + ["--block", "--disable-usage-stats"]
 
 
 def stream(client: Client, name: str, at: int, disturb: object) -> list[int]:
@@ -140,7 +156,7 @@ def test_a_cluster_as_the_manifests_start_it(running: Running) -> None:
         command = ["shardlift", "load", str(folder), "--name", "many", "--num-stages", "2"]
         job = submit(running.jobs, running.environment, command)
         assert job.returncode == 0, job.stdout + job.stderr
-        assert f"many at {running.address}" in job.stdout
+        assert f"many at 127.0.0.1:{GATEWAY_PORT}" in job.stdout
         assert "stage 0 on" in job.stdout
         assert "\r" not in job.stdout, "no bars where there is no terminal"
 

@@ -35,11 +35,18 @@ class Machine:
         *,
         ready: tuple[str, int] | None = None,
     ) -> Iterator[subprocess.Popen[bytes]]:
-        """A process there, from when it listens at `ready` on; terminated, or after 60 s killed with its group."""
+        """A process there, from when it listens at `ready` on; terminated, or after 30 s killed with its group."""
         from .ray_start import running
 
         with running(["ip", "netns", "exec", self.namespace, *command], environment, log, ready=ready) as process:
             yield process
+
+    def end(self) -> None:
+        """Ends all that runs there, as a power cut would."""
+        done = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True, check=False)
+        for pid in done.stdout.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
 
     def cut(self) -> None:
         """Nothing comes in or goes out any more, and nobody is told."""
@@ -83,19 +90,11 @@ def machines(count: int) -> Iterator[list[Machine]]:
         yield found
     finally:
         for machine in found:
-            _end_all(machine.namespace)
+            machine.end()  # a namespace lives as long as its processes
             with contextlib.suppress(subprocess.CalledProcessError):
                 _ip("netns", "delete", machine.namespace)
         with contextlib.suppress(subprocess.CalledProcessError):
             _ip("link", "delete", bridge)
-
-
-def _end_all(namespace: str) -> None:
-    """Ends what still runs there: a namespace lives as long as its processes."""
-    done = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False)
-    for pid in done.stdout.split():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGKILL)
 
 
 def _ip(*words: str) -> None:
