@@ -85,13 +85,18 @@ def test_a_gpu_that_computes_wrongly() -> None:
 
 
 def test_memory_that_strangers_hold() -> None:
-    driver, gpus = probes.read_driver("0, 580.95.05, 61440, 81920, NVIDIA H100 80GB HBM3\n1, 580.95.05, 5, 81920, X\n")
+    output = (
+        "0, GPU-aaaa1111, 580.95.05, 61440, 81920, NVIDIA H100 80GB HBM3\n1, GPU-bbbb2222, 580.95.05, 5, [N/A], X\n"
+    )
+    driver, gpus = probes.read_driver(output)
     assert driver == "580.95.05"
     assert gpus[0] == Gpu(index=0, name="NVIDIA H100 80GB HBM3", used_bytes=60 * GIB, total_bytes=80 * GIB)
     (found,) = verdicts.strangers(gpus)
     assert found.finding.startswith("60.00 GiB of cuda:0")
     assert verdicts.strangers([replace(gpus[0], expected_bytes=60 * GIB)]) == []
     assert probes.read_driver("No devices were found\n") == ("", ())
+    assert [gpu.name for gpu in probes.read_driver(output, ["GPU-bbbb"])[1]] == ["X"]
+    assert [(gpu.index, gpu.name[0]) for gpu in probes.read_driver(output, ["1", "0"])[1]] == [(0, "X"), (1, "N")]
 
 
 def test_clocks() -> None:

@@ -11,7 +11,8 @@ import os
 import secrets
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ pytestmark = [
 ]
 
 IDS = torch.arange(5, 17)[None]
-TOKENS = 300
+TOKENS = 800
 TOKEN = "the-gateways-token"
 # The machines' addresses are nobody's: a proxy would look for them elsewhere.
 PROXIES = [name for each in ("http_proxy", "https_proxy", "all_proxy") for name in (each, each.upper())]
@@ -43,13 +44,39 @@ GATEWAY_PORT, GCS_PORT, DASHBOARD_PORT = 50051, 6379, 8265
 
 @dataclass
 class Running:
-    """`head`, `first`, `second`: the machines. gateway: how to run its container's command on the head."""
+    """`head`, `first`, `second`: the machines; `spare`: one that has not joined. processes: their `ray start`."""
 
     head: Machine
     first: Machine
     second: Machine
+    spare: Machine
     environment: dict[str, str]
     folder: Path
+    stack: contextlib.ExitStack
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start_stages(self, *machines: Machine) -> None:
+        """Pods of the stages' group; returns once they have joined."""
+        (group,) = ray_cluster("overlays/cpu")["workerGroupSpecs"]
+        container = group["template"]["spec"]["containers"][0]
+        drain_s = env(container)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]
+        for machine in machines:
+            own = {
+                "SHARDLIFT_CACHE": f"{self.folder}/{machine.address}",
+                "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": drain_s,
+            }
+            command = ["ray", "start", f"--address={self.head.address}:{GCS_PORT}"]
+            command += [f"--node-ip-address={machine.address}", *flags(group)]
+            running = machine.running(command, self.environment | own, self.log(machine))
+            self.processes[machine.address] = self.stack.enter_context(running)
+        for machine in machines:
+            eventually(partial(self.has_joined, machine), f"{machine.address} did not join", 180)
+
+    def has_joined(self, machine: Machine) -> bool:
+        return "Ray runtime started" in self.log(machine).read_text()
+
+    def log(self, machine: Machine) -> Path:
+        return self.folder / f"{machine.address}.log"
 
     @property
     def address(self) -> str:
@@ -85,10 +112,9 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """The cluster of k8s/overlays/cpu, without its gateway."""
     folder = tmp_path_factory.mktemp("machines")
     spec = ray_cluster("overlays/cpu")
-    (stages,) = spec["workerGroupSpecs"]
     (folder / "run").mkdir()
     (folder / "run" / "token").write_text(TOKEN)
-    with machines(3) as (head, first, second):
+    with machines(4, folder / "ray") as (head, first, second, spare):
         environment = os.environ | {
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
             # As the head's and the gateway's containers have it, with folders of this test.
@@ -103,29 +129,17 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             environment.pop(name, None)
         # Jobs run in the head's container, and ask the gateway beside them.
         job = environment | {"SHARDLIFT_TOKEN": TOKEN, "SHARDLIFT_ADDRESS": f"127.0.0.1:{GATEWAY_PORT}"}
-        worker_env = env(stages["template"]["spec"]["containers"][0])
-        drain_s = worker_env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]
         with contextlib.ExitStack() as stack:
             command = ["ray", "start", "--head", f"--node-ip-address={head.address}", f"--port={GCS_PORT}"]
             command += flags(spec["headGroupSpec"])
             stack.enter_context(head.running(command, job, folder / "head.log", ready=(head.address, DASHBOARD_PORT)))
-            for machine in (first, second):
-                own = environment | {
-                    "SHARDLIFT_CACHE": str(folder / f"parts-{machine.address}"),
-                    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": drain_s,
-                }
-                command = ["ray", "start", f"--address={head.address}:{GCS_PORT}"]
-                command += [f"--node-ip-address={machine.address}", *flags(stages)]
-                log = folder / f"{machine.address}.log"
-                stack.enter_context(machine.running(command, own, log))
-            for machine in (first, second):
-                log = folder / f"{machine.address}.log"
-                eventually(lambda log=log: "Ray runtime started" in log.read_text(), "a node did not join", 120)  # type: ignore[misc]
+            cluster = Running(head, first, second, spare, environment, folder, stack)
+            cluster.start_stages(first, second)
             with pytest.MonkeyPatch.context() as patch:
                 for name in PROXIES:
                     patch.delenv(name, raising=False)
-                yield Running(head, first, second, environment, folder)
-            for machine in (head, first, second):
+                yield cluster
+            for machine in (head, first, second, spare):
                 machine.end()  # rather than wait for Ray's own end
 
 
@@ -174,12 +188,21 @@ def test_a_cluster_as_the_manifests_start_it(running: Running) -> None:
         eventually(running.is_up, "the gateway does not come back", 120)
         assert client.model("many").info().state == "ready"
 
-        # The cable of a node is cut: Ray needs long to notice, and the stream doesn't.
-        lost = next(each for each in (running.first, running.second) if each.address in nodes)
-        kept = running.second if lost is running.first else running.first
+        # A pod is told to end: Ray says so, and its stage is elsewhere before it goes.
+        ending = running.processes[running.second.address]
+        assert stream(client, "many", 5, ending.terminate) == expected
+        ending.wait(200)
+        info = client.model("many").info()
+        assert {stage.node for stage in info.plan.stages} == {running.first.address}
+        assert (info.moves, info.recoveries) == (1, 0)
+
+        # Another pod comes in its place; then the cable of the first one is cut. Ray needs long to notice.
+        running.start_stages(running.spare)
         try:
-            assert stream(client, "many", 5, lost.cut) == expected
-            assert {stage.node for stage in client.model("many").info().plan.stages} == {kept.address}
-            assert client.model("many").info().recoveries == 1
+            assert stream(client, "many", 5, running.first.cut) == expected
         finally:
-            lost.mend()
+            running.first.mend()
+        info = client.model("many").info()
+        assert {stage.node for stage in info.plan.stages} == {running.spare.address}
+        assert info.recoveries == 1
+        client.unload("many")

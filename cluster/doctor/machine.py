@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from ...proto.v1.errors import one_line
@@ -21,10 +20,7 @@ def examine(*, cuda_devices: Sequence[str] | None = None, with_ports: bool = Fal
     """All that can be said of this machine alone. with_ports: whether a gateway and a Ray head could start here."""
     requirements, python = probes.required()
     found = probes.versions(requirements)
-    driver, gpus = probes.driver()
-    if cuda_devices is not None:
-        gpus = tuple(gpu for gpu in gpus if str(gpu.index) in cuda_devices) or gpus[: len(cuda_devices)]
-        gpus = tuple(replace(gpu, index=place) for place, gpu in enumerate(gpus))
+    driver, gpus = probes.driver(cuda_devices)
     torch_gpus = 0
 
     def kernels() -> list[Finding]:

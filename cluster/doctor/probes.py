@@ -168,26 +168,34 @@ def kernels(cuda_devices: Sequence[str] | None = None) -> Kernels:
     )
 
 
-def driver() -> tuple[str, tuple[Gpu, ...]]:
-    """The NVIDIA driver's version, and its GPUs; "" and none without one."""
+def driver(among: Sequence[str] | None = None) -> tuple[str, tuple[Gpu, ...]]:
+    """The NVIDIA driver's version, and its GPUs (those `among`, as `read_driver`); "" and none without one."""
     command = [
         "nvidia-smi",
-        "--query-gpu=index,driver_version,memory.used,memory.total,name",
+        "--query-gpu=index,uuid,driver_version,memory.used,memory.total,name",
         "--format=csv,noheader,nounits",
     ]
     try:
         output = subprocess.run(command, capture_output=True, text=True, timeout=_SMI_TIMEOUT_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return "", ()
-    return read_driver(output)
+    return read_driver(output, among)
 
 
-def read_driver(output: str) -> tuple[str, tuple[Gpu, ...]]:
-    """What nvidia-smi printed: a line for each GPU, memory in MiB."""
-    rows = [[cell.strip() for cell in line.split(",", 4)] for line in output.splitlines() if line.count(",") >= 4]
+def read_driver(output: str, among: Sequence[str] | None = None) -> tuple[str, tuple[Gpu, ...]]:
+    """What nvidia-smi printed: a line for each GPU, memory in MiB. among: the GPUs that count, in their order, by index
+    or by (the beginning of) their UUID, as CUDA_VISIBLE_DEVICES has them; None for all. A GPU's index is its place."""
+    rows = [[cell.strip() for cell in line.split(",", 5)] for line in output.splitlines() if line.count(",") >= 5]
+    if among is not None:
+        rows = [row for each in among for row in rows if row[0] == each or (each and row[1].startswith(each))]
     gpus = tuple(
-        Gpu(index=int(index), name=name, used_bytes=int(used) << 20, total_bytes=int(total) << 20)
-        for index, _, used, total, name in rows
-        if index.isdecimal() and used.isdecimal() and total.isdecimal()
+        Gpu(
+            index=place,
+            name=name,
+            # "[N/A]" where the driver doesn't tell.
+            used_bytes=int(used) << 20 if used.isdecimal() else 0,
+            total_bytes=int(total) << 20 if total.isdecimal() else 0,
+        )
+        for place, (_, _, _, used, total, name) in enumerate(rows)
     )
-    return (rows[0][1] if rows else ""), gpus
+    return (rows[0][2] if rows else ""), gpus

@@ -20,11 +20,12 @@ _NETWORK = "198.18.{third}.{last}"
 
 @dataclass(frozen=True)
 class Machine:
-    """A network namespace. Files and processes are the host's."""
+    """A network namespace, with a /tmp/ray of its own. Other files, and processes, are the host's."""
 
     address: str
     namespace: str
     cable: str  # the host's end of it
+    sessions: Path  # what its /tmp/ray is
 
     @contextlib.contextmanager
     def running(
@@ -38,7 +39,10 @@ class Machine:
         """A process there, from when it listens at `ready` on; terminated, or after 30 s killed with its group."""
         from .ray_start import running
 
-        with running(["ip", "netns", "exec", self.namespace, *command], environment, log, ready=ready) as process:
+        # Mounts are the process's own after `ip netns exec`.
+        mounted = 'mount --bind "$0" /tmp/ray && exec "$@"'
+        words = ["ip", "netns", "exec", self.namespace, "sh", "-c", mounted, str(self.sessions), *command]
+        with running(words, environment, log, ready=ready) as process:
             yield process
 
     def end(self) -> None:
@@ -57,14 +61,18 @@ class Machine:
 
 
 @contextlib.contextmanager
-def machines(count: int) -> Iterator[list[Machine]]:
-    """As many machines, which reach each other and this process. Skips the test where the user may not make them."""
+def machines(count: int, folder: Path) -> Iterator[list[Machine]]:
+    """As many machines, which reach each other and this process. Skips the test where the user may not make them.
+
+    folder: for what Ray writes, with a short path, for it has sockets there.
+    """
     if shutil.which("ip") is None:
         pytest.skip("there is no ip command")
     tag = secrets.token_hex(2)
     third = secrets.randbelow(250)
     bridge = f"sl{tag}"
     found: list[Machine] = []
+    Path("/tmp/ray").mkdir(exist_ok=True)
     try:
         try:
             _ip("link", "add", bridge, "type", "bridge")
@@ -77,7 +85,9 @@ def machines(count: int) -> Iterator[list[Machine]]:
                 address=_NETWORK.format(third=third, last=index + 2),
                 namespace=f"sl{tag}{index}",
                 cable=f"sl{tag}v{index}",
+                sessions=folder / str(index),
             )
+            machine.sessions.mkdir(parents=True)
             _ip("netns", "add", machine.namespace)
             found.append(machine)
             _ip("link", "add", machine.cable, "type", "veth", "peer", "name", "eth0", "netns", machine.namespace)
