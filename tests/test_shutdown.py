@@ -64,7 +64,7 @@ def test_a_stop_has_grace_and_then_ends_the_rest(local: Local, tmp_path: Path) -
     folder = tiny("llama", tmp_path / "llama", max_position_embeddings=100_000)
     with shardlift.connect(local.address, retry_s=0) as client:
         model = client.load(str(folder), name="stopped", num_stages=2)
-        expected = model.generate(IDS, max_new_tokens=60, do_sample=False)[0, IDS.shape[1] :].tolist()
+        expected = model.generate(IDS, max_new_tokens=12, do_sample=False)[0, IDS.shape[1] :].tolist()
         children = psutil.Process(local.process.pid).children(recursive=True)
         failures: list[BaseException] = []
         ends_s: list[float] = []
@@ -83,16 +83,15 @@ def test_a_stop_has_grace_and_then_ends_the_rest(local: Local, tmp_path: Path) -
         thread.start()
         assert began.wait(60)
         tokens: list[int] = []
-        with model.stream(IDS, max_new_tokens=60, do_sample=False) as running:
+        with model.stream(IDS, max_new_tokens=12, do_sample=False) as running:
             for step in running:
                 tokens += step.token_ids
                 if len(tokens) == 5:
                     local.process.send_signal(signal.SIGTERM)
                     stopped_s = time.monotonic()
-                    eventually(lambda: not is_open(local.address), "new work is taken still", 30)
         # What could end within the grace has ended as if nothing were.
         assert tokens == expected
-        assert not failures
+        eventually(lambda: not is_open(local.address), "new work is taken still", 30)
         thread.join(60)
         assert [type(failure) for failure in failures] == [errors.GatewayUnavailableError]
         assert "the gateway is stopping" in str(failures[0])
