@@ -189,7 +189,7 @@ print(json.dumps(left))
 def test_a_job_whose_load_fails_has_failed(head: tuple[str, dict[str, str]], jobs: JobSubmissionClient) -> None:
     job = jobs.submit_job(entrypoint="shardlift load /no/such/folder --name never")
     assert settled(jobs, job) == "FAILED"
-    assert "error: there is no folder" in jobs.get_job_logs(job)
+    assert "error: folder /no/such/folder does not exist" in jobs.get_job_logs(job)
     assert "exit code 1" in str(jobs.get_job_info(job).message)
     assert listed(head) == []
 
