@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -14,11 +14,12 @@ from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import LoadCancelledError
 from ..proto.v1.tls import TLS
 from . import gateway
-from .async_gateway import AsyncGateway, at_end
+from .async_gateway import AsyncGateway, at_end, receive
 from .async_handle import AsyncRemoteModel
 from .channel import CONNECT_TIMEOUT_S
 from .connection import CACHE_TIMEOUT_S, PLAN_TIMEOUT_S
 from .describe import LoadReport, describe
+from .nodes import DrainReport, Finding, NodeInfo, StageMove, findings_of
 from .patience import RETRY_S
 from .trace_file import TraceFile
 from .values import CachedPart, LoadEvent, ModelInfo, Plan
@@ -118,6 +119,41 @@ class AsyncClient:
         """Removes them from every node; resident models stay. Returns the bytes freed."""
         request = registry_pb2.ClearCachedPartsRequest()
         return int((await self._gateway.ask("ClearCachedParts", request, timeout_s=CACHE_TIMEOUT_S)).bytes)
+
+    async def nodes(self) -> list[NodeInfo]:
+        """The cluster's nodes, with the stages on each, and which of them are drained."""
+        answer = await self._gateway.ask("ListNodes", registry_pb2.ListNodesRequest())
+        return [NodeInfo.from_proto(node) for node in answer.nodes]
+
+    async def drain(
+        self, node: str, *, timeout_s: float | None = None, on_move: Callable[[StageMove], None] | None = None
+    ) -> tuple[NodeInfo, list[StageMove]]:
+        """Keeps `node` out of new plans, and moves its stages elsewhere: as `Client.drain`."""
+        report = DrainReport(on_move)
+        request = registry_pb2.DrainNodeRequest(node=node)
+        call = await self._gateway.registry_stream("DrainNode", request, timeout_s=timeout_s)
+        try:
+            while (response := await receive(self._gateway, call)) is not None:
+                report.take(response)
+        finally:
+            call.cancel()
+        return report.result()
+
+    async def undrain(self, node: str) -> NodeInfo:
+        """Lets plans use `node` again. What was moved stays where it is."""
+        answer = await self._gateway.ask("UndrainNode", registry_pb2.UndrainNodeRequest(node=node))
+        return NodeInfo.from_proto(answer.node)
+
+    async def diagnose(self, *, timeout_s: float = 0.0) -> AsyncIterator[Finding]:
+        """Findings about every node and what lies between them: as `Client.diagnose`."""
+        request = registry_pb2.DiagnoseClusterRequest(timeout_s=timeout_s)
+        call = await self._gateway.registry_stream("DiagnoseCluster", request)
+        try:
+            while (response := await receive(self._gateway, call)) is not None:
+                for finding in findings_of(response):
+                    yield finding
+        finally:
+            call.cancel()
 
 
 async def connect_async(

@@ -124,10 +124,10 @@ class AsyncGateway:
             return
         raise lost
 
-    async def registry_stream(self, method: str, request: Any) -> Any:
+    async def registry_stream(self, method: str, request: Any, timeout_s: float | None = None) -> Any:
         """The call of a streaming method of ModelRegistryService; read it inside `errors()`."""
         await self.connect()
-        return getattr(self._registry, method)(request, metadata=self._metadata)
+        return getattr(self._registry, method)(request, timeout=timeout_s, metadata=self._metadata)
 
     async def inference_stream(self, method: str, *request: Any) -> Any:
         """The call of a streaming method of InferenceService; read, and where it takes a stream, write it inside

@@ -17,6 +17,7 @@ from .channel import CONNECT_TIMEOUT_S
 from .describe import LoadReport, describe
 from .gateway import Gateway
 from .handle import RemoteModel
+from .nodes import DrainReport, Finding, NodeInfo, StageMove, findings_of
 from .patience import RETRY_S, Patience
 from .trace_file import TraceFile
 from .values import CachedPart, LoadEvent, ModelInfo, Plan
@@ -158,6 +159,49 @@ class Client:
         """Removes them from every node; resident models stay. Returns the bytes freed."""
         request = registry_pb2.ClearCachedPartsRequest()
         return int(self._gateway.ask("ClearCachedParts", request, timeout_s=CACHE_TIMEOUT_S).bytes)
+
+    def nodes(self) -> list[NodeInfo]:
+        """The cluster's nodes, with the stages on each, and which of them are drained."""
+        return [
+            NodeInfo.from_proto(node) for node in self._gateway.ask("ListNodes", registry_pb2.ListNodesRequest()).nodes
+        ]
+
+    def drain(
+        self, node: str, *, timeout_s: float | None = None, on_move: Callable[[StageMove], None] | None = None
+    ) -> tuple[NodeInfo, list[StageMove]]:
+        """Keeps `node` (its name, address, host name or Ray id) out of new plans, and moves its stages elsewhere.
+
+        Each is loaded there before it is taken into use; calls pause for that, and go on. Returns once nothing is on
+        the node: the node, and the moves. `on_move` is told of each move as it begins, and as it is done. Raises
+        OutOfMemoryError where there is no room, with nothing touched. Given up, or after `timeout_s`, moves that are
+        not done are taken back; the node stays out of plans.
+        """
+        report = DrainReport(on_move)
+        call = self._gateway.registry_stream("DrainNode", registry_pb2.DrainNodeRequest(node=node), timeout_s=timeout_s)
+        try:
+            with self._gateway.errors():
+                for response in call:
+                    report.take(response)
+        finally:
+            call.cancel()
+        return report.result()
+
+    def undrain(self, node: str) -> NodeInfo:
+        """Lets plans use `node` again. What was moved stays where it is."""
+        answer = self._gateway.ask("UndrainNode", registry_pb2.UndrainNodeRequest(node=node))
+        return NodeInfo.from_proto(answer.node)
+
+    def diagnose(self, *, timeout_s: float = 0.0) -> Iterator[Finding]:
+        """Findings about every node and what lies between them, as they come. timeout_s: for each node's answers; by
+        default 60. The first is the gateway's version."""
+        request = registry_pb2.DiagnoseClusterRequest(timeout_s=timeout_s)
+        call = self._gateway.registry_stream("DiagnoseCluster", request)
+        try:
+            with self._gateway.errors():
+                for response in call:
+                    yield from findings_of(response)
+        finally:
+            call.cancel()
 
     def _next(self, call: Any) -> registry_pb2.LoadModelResponse | None:
         with self._gateway.errors():

@@ -20,7 +20,7 @@ from .patience import RETRY_S, Patience
 # For answers that come from the registry's memory, in seconds.
 CALL_TIMEOUT_S = 60.0
 # What changes nothing, and may so be asked again.
-SAFE = frozenset({"GetModel", "ListModels", "PlanModel", "ListCachedParts", "DescribeCluster"})
+SAFE = frozenset({"GetModel", "ListModels", "PlanModel", "ListCachedParts", "DescribeCluster", "ListNodes"})
 _CLOSE_S = 3.0
 
 
@@ -107,10 +107,10 @@ class Gateway:
             return
         raise lost
 
-    def registry_stream(self, method: str, request: Any) -> Any:
+    def registry_stream(self, method: str, request: Any, timeout_s: float | None = None) -> Any:
         """The call of a streaming method of ModelRegistryService; read it inside `errors()`."""
         self.connect()
-        return getattr(self._registry, method)(request)
+        return getattr(self._registry, method)(request, timeout=timeout_s)
 
     def inference_stream(self, method: str, request: Any) -> Any:
         """The call of a streaming method of InferenceService; read it inside `errors()`."""

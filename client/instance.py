@@ -48,6 +48,8 @@ class Instance:
     security: Mapping[str, Any] | None = None
     # URL of the page that shows the cluster.
     page: str | None = None
+    # For how long a stop lets running calls go on.
+    grace_s: float = 0.0
 
     @property
     def token(self) -> str | None:
@@ -112,6 +114,7 @@ def start(
     page_port: str | None = None,
     log_format: str | None = None,
     log_level: str | None = None,
+    grace_s: float | None = None,
     timeout_s: float = START_TIMEOUT_S,
     **security: str | int | bool | None,
 ) -> Instance:
@@ -149,6 +152,7 @@ def start(
             "--page-port": page_port,
             "--log-format": log_format,
             "--log-level": log_level,
+            "--grace": grace_s,
         }
         arguments = [text for name, value in options.items() if value is not None for text in _words(name, value)]
         instance = replace(_launch(arguments, timeout_s), security=security or None)
@@ -172,12 +176,13 @@ def stop() -> Instance | None:
         if instance is None:
             return None
         command = [sys.executable, "-m", "shardlift.cluster.down", "--json"]
+        limit_s = instance.grace_s + STOP_TIMEOUT_S
         try:
             done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=STOP_TIMEOUT_S, check=False
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=limit_s, check=False
             )
         except subprocess.TimeoutExpired:
-            raise InternalError(f"the local instance did not stop within {STOP_TIMEOUT_S:g} s") from None
+            raise InternalError(f"the local instance did not stop within {limit_s:g} s") from None
         if done.returncode != 0:
             raise _failure(done.stdout, done.stderr, "the local instance did not stop")
         _forget(instance)
@@ -279,6 +284,7 @@ def _from_dict(values: dict[str, Any]) -> Instance:
         health=values.get("health"),
         security=values.get("security"),
         page=values.get("page"),
+        grace_s=float(values.get("grace_s") or 0.0),
     )
 
 

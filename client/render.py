@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, TextIO
 
 from .modules import grouped
+from .nodes import Finding, NodeInfo
 from .saving import SaveProgress
 from .summary import duration, kv_room, load_prediction, load_summary, memory_bar, rate, recovery_summary, size
 from .values import CachedPart, LoadEvent, LoadStarted, LoadWarning, ModelInfo, Plan, StagePlaced, StageProgress
@@ -78,6 +79,8 @@ def show_model(info: ModelInfo) -> None:
         print(f"adapter {adapter.name}: {adapter.kind} from {adapter.path}, {size(adapter.bytes)}")
     for line in [*load_summary(info), *kv_room(info.plan), *recovery_summary(info)]:
         print(line)
+    if info.drained_nodes:
+        print(f"drained, with a stage still: {', '.join(info.drained_nodes)}")
 
 
 def show_modules(info: ModelInfo) -> None:
@@ -97,6 +100,24 @@ def show_modules(info: ModelInfo) -> None:
             )
         table.add_section()
     _print(table)
+
+
+def show_nodes(nodes: Iterable[NodeInfo]) -> None:
+    """Prints a line for each node of the cluster."""
+    table = _table(None)
+    _columns(table, "node", "host", "id", "state", "stages", right=())
+    for node in nodes:
+        state = ("ending" if node.by_ray else "drained") if node.drained else "in use"
+        stages = ", ".join(f"{each.model} {each.stage} ({each.device})" for each in node.stages)
+        table.add_row(node.name, node.hostname, node.node_id[:12], state, stages)
+    _print(table)
+
+
+def finding_lines(finding: Finding) -> list[str]:
+    """A finding for people: its verdict first, so that a column of them can be skimmed."""
+    where = f" on {finding.node}" if finding.node else ""
+    lines = [f"{finding.verdict:<4}  {finding.check}{where}: {finding.finding}"]
+    return [*lines, f"      → {finding.remedy}"] if finding.remedy else lines
 
 
 def show_parts(parts: Iterable[CachedPart]) -> None:
@@ -127,7 +148,7 @@ def show_models(models: Iterable[ModelInfo]) -> None:
         measured = info.measured_bytes
         table.add_row(
             info.name,
-            info.state,
+            ", on drained ".join([info.state, *info.drained_nodes[:1]]),
             info.path or info.plan.model,
             info.plan.quantization,
             str(len(info.plan.stages)),

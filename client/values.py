@@ -281,7 +281,8 @@ class ModelInfo:
     """One model in the registry. `state` is "loading", "ready", "recovering", "unavailable" or "unloading".
 
     recoveries: how often lost stages were brought back. recovery_seconds: how long that took the last time. adapters:
-    those that are attached. default_adapters: what computes where a request doesn't say.
+    those that are attached. default_adapters: what computes where a request doesn't say. moves: how often stages were
+    moved off nodes that were drained. drained_nodes: those that are drained and hold a stage still.
     """
 
     name: str
@@ -301,6 +302,8 @@ class ModelInfo:
     buffer_bytes: int = 0
     adapters: tuple[Adapter, ...] = ()
     default_adapters: tuple[str, ...] = ()
+    moves: int = 0
+    drained_nodes: tuple[str, ...] = ()
 
     @classmethod
     def from_proto(cls, info: registry_pb2.ModelInfo) -> ModelInfo:
@@ -322,6 +325,8 @@ class ModelInfo:
             buffer_bytes=info.footprint.buffer_bytes,
             adapters=tuple(Adapter.from_proto(adapter) for adapter in info.adapters),
             default_adapters=tuple(info.default_adapters),
+            moves=info.moves,
+            drained_nodes=tuple(info.drained_nodes),
         )
 
     @property
@@ -341,6 +346,7 @@ class ModelInfo:
             "total_resident_bytes": self.plan.total_resident_bytes,
             "measured_bytes": self.measured_bytes,
             "reason": self.reason,
+            "drained_nodes": list(self.drained_nodes),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -363,6 +369,8 @@ class ModelInfo:
         values["recovery_seconds"] = self.recovery_seconds
         values["adapters"] = [adapter.to_dict() for adapter in self.adapters]
         values["default_adapters"] = list(self.default_adapters)
+        values["moves"] = self.moves
+        values["drained_nodes"] = list(self.drained_nodes)
         values["commit"] = self.plan.commit
         values["dtype"] = self.plan.dtype
         values["reason"] = self.reason

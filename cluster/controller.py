@@ -21,6 +21,8 @@ ACTOR_NAME = "controller"
 # Ray gives this resource to the head node alone.
 _HEAD_RESOURCE = "node:__internal_head__"
 _START_TIMEOUT_S = 170.0
+# A stop takes the grace, and then what giving back takes.
+_STOP_TIMEOUT_S = 30.0
 
 
 class Controller:
@@ -31,6 +33,7 @@ class Controller:
         logs.configure(options.log)
         tracing.configure("shardlift-gateway")
         self._options = options
+        self._stopping: asyncio.Task[None] | None = None
         self._gateway = Gateway(options)
         # Not awaited here: answers of other actors don't reach one that is still being constructed. A restarted
         # controller has nobody to ask it for its address, and must come up all the same.
@@ -57,9 +60,15 @@ class Controller:
         return self._gateway.page.url
 
     async def shutdown(self, unload: bool) -> None:
-        """Stops serving. Models go with it only if `unload`."""
+        """Stops serving, with its grace for what is under way. Models go with it only if `unload`. Whoever else asks
+        for it waits for the same end."""
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop(unload))
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self, unload: bool) -> None:
         await asyncio.gather(self._started, return_exceptions=True)
-        await self._gateway.stop(unload=unload)
+        await self._gateway.stop(unload=unload, grace_s=self._options.grace_s)
 
 
 def start_controller(options: GatewayOptions) -> tuple[str, GatewayOptions, str]:
@@ -106,7 +115,8 @@ def stop_controller(*, unload: bool) -> bool:
     except ValueError:
         return False
     try:
-        ray.get(handle.shutdown.remote(unload), timeout=60)
+        settings: GatewayOptions = ray.get(handle.settings.remote(), timeout=_STOP_TIMEOUT_S)
+        ray.get(handle.shutdown.remote(unload), timeout=settings.grace_s + _STOP_TIMEOUT_S)
     except RayError as error:
         logger.warning("the gateway did not stop by itself: %s", one_line(error, 200))
     ray.kill(handle, no_restart=True)

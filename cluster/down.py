@@ -18,6 +18,7 @@ from ..proto.v1.errors import InternalError
 from ..proto.v1.status import to_error
 from .instance_file import is_ours, read_instance
 
+# Beyond the gateway's grace.
 _STOP_TIMEOUT_S = 60.0
 
 
@@ -34,10 +35,11 @@ def stop_instance() -> None:
         return
     with contextlib.suppress(ProcessLookupError):
         os.kill(int(pid), signal.SIGTERM)
-    deadline = time.monotonic() + _STOP_TIMEOUT_S
+    limit_s = float(instance.get("grace_s") or 0.0) + _STOP_TIMEOUT_S
+    deadline = time.monotonic() + limit_s
     while is_ours(int(pid)):
         if time.monotonic() > deadline:
-            raise InternalError(f"process {pid} does not end within {_STOP_TIMEOUT_S:.0f} s of SIGTERM: kill it")
+            raise InternalError(f"process {pid} does not end within {limit_s:.0f} s of SIGTERM: kill it")
         time.sleep(0.1)
 
 

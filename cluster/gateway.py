@@ -13,6 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from ray.util import metrics as ray_metrics
 
+from .. import __version__
 from ..proto.v1 import inference_pb2, inference_pb2_grpc, limits, registry_pb2, registry_pb2_grpc, saving_pb2
 from ..proto.v1.credentials import listen
 from ..proto.v1.errors import InternalError, InvalidRequestError
@@ -24,15 +25,19 @@ from ..worker.tensors import from_message, ids_message
 from . import node_caches, relay, saving
 from .auth import OnlyHealthChecks, TokenInterceptor, read_token
 from .calls import Call
-from .gateway_options import GatewayOptions
+from .doctor.cluster import diagnose
+from .gateway_options import GRACE_S, GatewayOptions
 from .lookout import Lookout
 from .page import Page
 from .registry import Registry
 from .tokenizer import Detokenizer
+from .underway import Underway, counted
 
 logger = logging.getLogger(__name__)
 
 _EXPORT_S = 1.0
+# After the grace that it has: for calls to say why they end.
+_LAST_WORDS_S = 1.0
 
 
 class Gateway:
@@ -40,6 +45,7 @@ class Gateway:
 
     def __init__(self, options: GatewayOptions) -> None:
         self._options = options
+        self._underway = Underway()
         self.registry = Registry(self._changed, options)
         self.lookout = Lookout(self.registry)
         token = read_token(options.token_file)
@@ -53,9 +59,11 @@ class Gateway:
             maximum_concurrent_rpcs=MAX_CALLS,
         )
         registry_pb2_grpc.add_ModelRegistryServiceServicer_to_server(
-            _RegistryService(self.registry, self.lookout), self._server
+            _RegistryService(self.registry, self.lookout, self._underway), self._server
         )
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(_InferenceService(self.registry), self._server)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+            _InferenceService(self.registry, self._underway), self._server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         services = (
             registry_pb2.DESCRIPTOR.services_by_name["ModelRegistryService"].full_name,
@@ -81,6 +89,7 @@ class Gateway:
             )
         # Before anybody may ask: until then a resident model would be unknown, and its name free.
         await self.registry.recover()
+        await self.registry.follow_nodes()
         await self._server.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         if self._plain_health is not None:
@@ -100,15 +109,23 @@ class Gateway:
         elif port >= 0:
             await self.page.start(host, port)
 
-    async def stop(self, *, unload: bool, grace_s: float = 1.0) -> None:
+    async def stop(self, *, unload: bool, grace_s: float = GRACE_S) -> None:
+        """Takes no more work at once, lets what is under way end within `grace_s`, and then ends the rest of it with
+        GatewayUnavailableError: a client goes on with a generation at whatever gateway comes next."""
+        await self._health.enter_graceful_shutdown()
         if self._plain_health is not None:
             await self._plain_health.stop()
-        await self._health.enter_graceful_shutdown()
+        # Closes the port, and asks clients to call elsewhere.
+        closing = asyncio.ensure_future(self._server.stop(grace_s + _LAST_WORDS_S))
+        ended = asyncio.ensure_future(self._underway.none())
+        await asyncio.wait([ended], timeout=grace_s)
+        ended.cancel()
         if self._exporting is not None:
             self._exporting.cancel()
         await self.page.stop()
         await self.registry.close(unload=unload)
-        await self._server.stop(grace_s)
+        await self._server.stop(_LAST_WORDS_S)
+        await closing
         await self.lookout.close()
         await asyncio.to_thread(tracing.flush)
 
@@ -138,9 +155,10 @@ class Gateway:
 
 
 class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
-    def __init__(self, registry: Registry, lookout: Lookout) -> None:
+    def __init__(self, registry: Registry, lookout: Lookout, underway: Underway) -> None:
         self._registry = registry
         self._lookout = lookout
+        self.underway = underway
 
     async def PlanModel(
         self, request: registry_pb2.PlanModelRequest, context: grpc.aio.ServicerContext
@@ -151,6 +169,7 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
         except Exception as error:
             return await _abort(context, error)
 
+    @counted
     async def LoadModel(
         self, request: registry_pb2.LoadModelRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[registry_pb2.LoadModelResponse]:
@@ -225,6 +244,7 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
         self, request: registry_pb2.WatchClusterRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[registry_pb2.WatchClusterResponse]:
         try:
+            limits.check_model(readable(request).model)
             async for view in self._lookout.watch(request.model, request.interval_s):
                 yield registry_pb2.WatchClusterResponse(cluster=view)
         except Exception as error:
@@ -246,6 +266,7 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
         except Exception as error:
             return await _abort(context, error)
 
+    @counted
     async def SaveModel(
         self, request: saving_pb2.SaveModelRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[saving_pb2.SaveModelResponse]:
@@ -260,13 +281,56 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
             # Where the client has gone, what was written must go now, not when the generator is collected.
             await events.aclose()  # type: ignore[attr-defined]
 
+    async def ListNodes(
+        self, request: registry_pb2.ListNodesRequest, context: grpc.aio.ServicerContext
+    ) -> registry_pb2.ListNodesResponse:
+        try:
+            return registry_pb2.ListNodesResponse(nodes=await self._registry.nodes())
+        except Exception as error:
+            return await _abort(context, error)
+
+    @counted
+    async def DrainNode(
+        self, request: registry_pb2.DrainNodeRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[registry_pb2.DrainNodeResponse]:
+        events = self._registry.drain(request.node)
+        try:
+            limits.check_model(request.node)
+            async for event in events:
+                yield event
+        except Exception as error:
+            await _abort(context, error)
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+
+    async def UndrainNode(
+        self, request: registry_pb2.UndrainNodeRequest, context: grpc.aio.ServicerContext
+    ) -> registry_pb2.UndrainNodeResponse:
+        try:
+            limits.check_model(request.node)
+            return registry_pb2.UndrainNodeResponse(node=await self._registry.undrain(request.node))
+        except Exception as error:
+            return await _abort(context, error)
+
+    async def DiagnoseCluster(
+        self, request: registry_pb2.DiagnoseClusterRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[registry_pb2.DiagnoseClusterResponse]:
+        try:
+            yield registry_pb2.DiagnoseClusterResponse(version=__version__)
+            async for findings in diagnose(readable(request).timeout_s, self._registry.models()):
+                yield registry_pb2.DiagnoseClusterResponse(findings=[finding.message() for finding in findings])
+        except Exception as error:
+            await _abort(context, error)
+
 
 class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """Passes messages on between a client and a model's last stage; turns text into ids and back on the way."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, underway: Underway) -> None:
         self._registry = registry
+        self.underway = underway
 
+    @counted
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
@@ -304,6 +368,7 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         given = from_message(request.generated).flatten().tolist() if request.generated.data else []
         return _TextStream(ids, tokenizer.decoder(), given)
 
+    @counted
     async def Forward(
         self, request_iterator: AsyncIterator[inference_pb2.ForwardRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[inference_pb2.ForwardResponse]:
@@ -324,6 +389,7 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             if call is not None:
                 call.left()
 
+    @counted
     async def Session(
         self, request_iterator: AsyncIterator[inference_pb2.SessionRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[inference_pb2.SessionResponse]:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from ..proto.v1.tls import TLS
 from ..worker.logs import LogSettings
 
+# Kubernetes ends a pod within terminationGracePeriodSeconds.
+GRACE_S = 30.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayOptions:
@@ -16,7 +19,7 @@ class GatewayOptions:
     says in plain text whether it serves, and nothing else. stage_tls: the stages', whose files lie on every node.
     allow_remote_code: whether a request with trust_remote_code=True is listened to. page_port: of the page; None takes
     the one after the gateway's, or does without where that is taken; a negative one does without. log: of gateway and
-    workers.
+    workers. grace_s: for calls under way when the gateway is told to stop.
     """
 
     host: str = "127.0.0.1"
@@ -29,6 +32,7 @@ class GatewayOptions:
     allow_remote_code: bool = False
     page_port: int | None = None
     log: LogSettings = LogSettings()  # noqa: RUF009 - a value
+    grace_s: float = GRACE_S
 
     def lacking(self, actual: GatewayOptions) -> list[str]:
         """Flags that are asked for here, and that a gateway which runs already has otherwise."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..proto.v1 import registry_pb2
 from ..worker import own_gpus
+from . import nodes
 
 _PROBE_TIMEOUT_S = 20.0
 _PROBE_EVERY_S = 15.0
@@ -40,11 +40,11 @@ class Inventory:
 
     def nodes(self) -> list[registry_pb2.NodeView]:
         """Every node that Ray counts, named as in plans; the dead without devices."""
-        found = sorted(ray.nodes(), key=lambda node: (not node["Alive"], order(node)))
+        found = sorted(ray.nodes(), key=lambda node: (not node["Alive"], nodes.order(node)))
         alive = [node for node in found if node["Alive"]]
         self._probe([node["NodeID"] for node in alive if node["Resources"].get("GPU")])
         free = available_resources_per_node()
-        names = node_names(alive)
+        names = nodes.names(alive)
         views = []
         for node in found:
             node_id = node["NodeID"]
@@ -107,21 +107,3 @@ def probe_gpus() -> list[GpuMemory]:
 
 def _mebibytes(text: str) -> int:
     return int(text) << 20 if text.isdecimal() else 0
-
-
-def node_names(alive: list[dict[str, Any]]) -> dict[str, str]:
-    """The name of each living node of `ray.nodes()`, by its id: its address. Several raylets on one machine share that;
-    their ids tell them apart."""
-    addresses = Counter(node["NodeManagerAddress"] for node in alive)
-    return {
-        node["NodeID"]: address
-        if addresses[address := node["NodeManagerAddress"]] == 1
-        else f"{address}-{node['NodeID'][:6]}"
-        for node in alive
-    }
-
-
-def order(node: dict[str, Any]) -> tuple[list[tuple[int, str]], str]:
-    """By address, its numbers as numbers."""
-    parts = node["NodeManagerAddress"].split(".")
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in parts], node["NodeID"]

@@ -101,6 +101,8 @@ class Placement:
     groups: dict[str, PlacementGroup] = field(default_factory=dict)
     workers: list[Any] = field(default_factory=list)
     seats: list[Seat] = field(default_factory=list)
+    # Of stages that are being moved: they load beside the ones in use.
+    beside: list[Any] = field(default_factory=list)
     _freeing: asyncio.Future[None] | None = None
 
     async def free(self) -> None:
@@ -110,13 +112,13 @@ class Placement:
         await asyncio.shield(self._freeing)
 
     async def _free(self) -> None:
-        stops = [asyncio.ensure_future(_stop(worker)) for worker in self.workers]
+        stops = [asyncio.ensure_future(_stop(worker)) for worker in (*self.workers, *self.beside)]
         if stops:
             _, late = await asyncio.wait(stops, timeout=_STOP_TIMEOUT_S)
             for stop in late:
                 stop.cancel()
             await asyncio.gather(*stops, return_exceptions=True)
-        for worker in self.workers:
+        for worker in (*self.workers, *self.beside):
             with contextlib.suppress(Exception):
                 ray.kill(worker, no_restart=True)
         for group in self.groups.values():
@@ -132,9 +134,29 @@ async def place(plan: Plan, specs: Sequence[StageSpec], card: bytes, placement: 
 
     Raises OutOfMemoryError when the cluster no longer has what the plan counted on.
     """
-    placement.seats = await _sit(plan.stages, placement, _group_name(placement.model, placement.load_id))
+    # A group for each node: what a node has set aside is given back when its stages have been moved away.
+    of_node: dict[str, list[int]] = {}
+    for index, stage in enumerate(plan.stages):
+        of_node.setdefault(stage.device.node_id, []).append(index)
+    name = _group_name(placement.model, placement.load_id)
+    sitting = [
+        asyncio.ensure_future(_sit([plan.stages[index] for index in own], placement, f"{name}~{number}"))
+        for number, own in enumerate(of_node.values())
+    ]
+    try:
+        found = await asyncio.gather(*sitting)
+    finally:
+        for one in sitting:
+            one.cancel()
+        await asyncio.gather(*sitting, return_exceptions=True)
+    seats = {
+        index: seat
+        for own, seated in zip(of_node.values(), found, strict=True)
+        for index, seat in zip(own, seated, strict=True)
+    }
+    placement.seats = [seats[index] for index in range(len(plan.stages))]
     for spec in specs:
-        placement.workers.append(_start(placement, spec, card))
+        placement.workers.append(_start(placement, spec, card, placement.seats[spec.index]))
 
 
 async def _sit(stages: Sequence[PlannedStage], placement: Placement, name: str) -> list[Seat]:
@@ -263,7 +285,54 @@ async def place_again(spec: StageSpec, card: bytes, placement: Placement) -> Non
 
 
 async def place_elsewhere(stage: PlannedStage, spec: StageSpec, card: bytes, placement: Placement) -> None:
-    """A new worker for `spec` on the device of `stage`. Raises OutOfMemoryError as `place` does."""
+    """A new worker for `spec` on the device of `stage`, in the place of a lost one. Raises OutOfMemoryError as `place`
+    does."""
+    seat = await _sit_anew(stage, placement)
+    await kill(placement.workers[spec.index])
+    worker = _start(placement, spec, card, seat, _again())
+    await take_seat(spec.index, seat, worker, placement)
+
+
+async def place_beside(stage: PlannedStage, spec: StageSpec, card: bytes, placement: Placement) -> tuple[Seat, Any]:
+    """A second worker for `spec`, on the device of `stage`; the first one stays. To be given to `take_seat` or
+    `leave_seat`. Raises OutOfMemoryError as `place` does."""
+    seat = await _sit_anew(stage, placement)
+    worker = _start(placement, spec, card, seat, _again())
+    placement.beside.append(worker)
+    return seat, worker
+
+
+async def take_seat(index: int, seat: Seat, worker: Any, placement: Placement) -> None:
+    """Puts a worker in the place of a stage's former one, which ends; gives back what that one sat on."""
+    await kill(placement.workers[index])
+    before, placement.seats[index] = placement.seats[index].group, seat
+    placement.workers[index] = worker
+    if worker in placement.beside:
+        placement.beside.remove(worker)
+    await _leave(before, placement)
+
+
+async def leave_seat(seat: Seat, worker: Any, placement: Placement) -> None:
+    """Ends a worker of `place_beside` that nobody has taken."""
+    await kill(worker)
+    if worker in placement.beside:
+        placement.beside.remove(worker)
+    await _leave(seat.group, placement)
+
+
+async def leave_unused(placement: Placement) -> None:
+    """Gives back groups that no stage sits on: what a move left that was interrupted by the end of its gateway."""
+    for name in list(placement.groups):
+        await _leave(name, placement)
+
+
+async def _leave(name: str, placement: Placement) -> None:
+    if name in placement.groups and all(seat.group != name for seat in placement.seats):
+        with contextlib.suppress(Exception):
+            await _remove(placement.groups.pop(name))
+
+
+async def _sit_anew(stage: PlannedStage, placement: Placement) -> Seat:
     name = _group_name(placement.model, placement.load_id) + _again()
     try:
         (seat,) = await _sit([stage], placement, name)
@@ -272,16 +341,12 @@ async def place_elsewhere(stage: PlannedStage, spec: StageSpec, card: bytes, pla
         if group is not None:
             await asyncio.shield(_remove(group))
         raise
-    before, placement.seats[spec.index] = placement.seats[spec.index].group, seat
-    await _replace(spec, card, placement)
-    if before in placement.groups and all(other.group != before for other in placement.seats):
-        with contextlib.suppress(Exception):
-            await _remove(placement.groups.pop(before))
+    return seat
 
 
 async def _replace(spec: StageSpec, card: bytes, placement: Placement) -> None:
     await kill(placement.workers[spec.index])
-    placement.workers[spec.index] = _start(placement, spec, card, _again())
+    placement.workers[spec.index] = _start(placement, spec, card, placement.seats[spec.index], _again())
 
 
 async def kill(worker: Any) -> None:
@@ -330,9 +395,8 @@ async def _answers(node: Mapping[str, Any]) -> bool:
     return True
 
 
-def _start(placement: Placement, spec: StageSpec, card: bytes, again: str = "") -> Any:
+def _start(placement: Placement, spec: StageSpec, card: bytes, seat: Seat, again: str = "") -> Any:
     """A handle for the stage's worker, which comes up by itself."""
-    seat = placement.seats[spec.index]
     actor = ray.remote(StageWorker).options(
         name=_actor_name(spec, again),
         namespace=NAMESPACE,

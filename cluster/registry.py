@@ -16,12 +16,15 @@ from typing import Any
 
 from ..proto.v1 import inference_pb2, registry_pb2
 from ..proto.v1.errors import (
+    GatewayUnavailableError,
+    InvalidDeviceMapError,
     InvalidRequestError,
     LoadCancelledError,
     ModelBusyError,
     ModelNameTakenError,
     ModelNotFoundError,
     ModelUnavailableError,
+    OutOfMemoryError,
     WorkerDiedError,
     one_line,
 )
@@ -30,12 +33,14 @@ from ..worker.adapter_spec import AttachedAdapter
 from ..worker.adapters import check_adapter_name
 from ..worker.records import SourceSpec
 from ..worker.spec import LoadReport, StageSpec
-from . import adapters, loads, requests
+from . import adapters, loads, nodes, requests
 from .adapter_room import kv_tokens_beside
 from .adapters import OutlinedPath
+from .draining import Registered, drain
 from .events import Events, GatewayNumbers, state_name
 from .gateway_options import GatewayOptions
-from .placement import Placement, Seat, call, find_placements, kill, place, place_again
+from .nodes import Node
+from .placement import Placement, Seat, call, find_placements, kill, leave_unused, place, place_again
 from .planning import OutlinedModel, PlannedModel
 from .resident import Resident
 from .route import Route
@@ -52,6 +57,10 @@ _RETRY_S = 1.0
 _MOST_RETRY_S = 10.0
 # Progress that nobody reads is dropped beyond this; what must arrive is told all the same.
 _MAX_WAITING_EVENTS = 1000
+# Nodes that Ray is ending are asked for so often; a move that didn't work is tried again so much later.
+_FOLLOW_S = 2.0
+_AGAIN_S = 15.0
+_SWITCH_POLL_S = 0.05
 _MAX_WAITING_PIECES = 64  # of a timeline, a MiB each
 
 
@@ -111,11 +120,17 @@ class Registry:
         self._speeds = SeenSpeeds()
         # What one load counts on as free must not be given to another before it is taken.
         self._placing = asyncio.Lock()
+        # Two nodes that are drained at once must not get each other's stages.
+        self._draining = asyncio.Lock()
+        # Names, by their ids, as last asked for.
+        self._drained: dict[str, str] = {}
+        self._following: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     # -- questions -------------------------------------------------------------------------------------------------
 
     def models(self) -> list[registry_pb2.ModelInfo]:
-        return [self._entries[name].info for name in sorted(self._entries)]
+        return [self._told(self._entries[name]) for name in sorted(self._entries)]
 
     def entries(self) -> list[Entry]:
         return [self._entries[name] for name in sorted(self._entries)]
@@ -124,7 +139,12 @@ class Registry:
         return name in self._entries
 
     def model(self, name: str) -> registry_pb2.ModelInfo:
-        return self._entry(name).info
+        return self._told(self._entry(name))
+
+    def _told(self, entry: Entry) -> registry_pb2.ModelInfo:
+        seats = {seat.node_id: None for seat in entry.placement.seats}
+        entry.info.drained_nodes[:] = [self._drained[node_id] for node_id in seats if node_id in self._drained]
+        return entry.info
 
     def route(self, name: str) -> Route:
         """Raises ModelNotFoundError, and ModelUnavailableError for a model that isn't ready."""
@@ -164,6 +184,9 @@ class Registry:
 
         Raises ModelUnavailableError where it was unloaded, or does not get well for now.
         """
+        if self._is_closed:
+            # Not the model's fault: who asks another gateway, or the next one here, is answered.
+            raise GatewayUnavailableError("the gateway is stopping: ask again, or another one")
         entry = next((entry for entry in self._entries.values() if entry.info.name == name), None)
         if entry is None or entry.discarding is not None:
             # Whichever of its stages went first, this is why.
@@ -273,6 +296,8 @@ class Registry:
 
     def _suspect(self, entry: Entry) -> None:
         """A stage may be lost: finds out, and brings it back."""
+        if self._is_closed:
+            return
         if entry.recovering is None and entry.discarding is None and entry.resident is not None:
             entry.attempt = asyncio.get_running_loop().create_future()
             entry.recovering = asyncio.create_task(self._recover_stages(entry, entry.resident, entry.attempt))
@@ -350,7 +375,131 @@ class Registry:
 
     async def _spread(self, outlined: OutlinedModel, options: registry_pb2.LoadOptions) -> PlannedModel:
         held = self._held()
-        return await asyncio.to_thread(lambda: outlined.spread(requests.plan_options(options), discover(held)))
+        try:
+            return await asyncio.to_thread(lambda: outlined.spread(requests.plan_options(options), discover(held)))
+        except (OutOfMemoryError, InvalidRequestError, InvalidDeviceMapError) as error:
+            await self._look_at_nodes()
+            if not self._drained or "device" not in str(error):
+                raise
+            names = ", ".join(sorted(self._drained.values()))
+            raise type(error)(f"{error}; drained nodes are left out: {names} (`shardlift undrain`)") from None
+
+    # -- nodes -----------------------------------------------------------------------------------------------------
+
+    async def nodes(self) -> list[registry_pb2.NodeInfo]:
+        """The cluster's nodes, with the stages on each."""
+        return [self._node_info(node) for node in await self._look_at_nodes()]
+
+    async def drain(self, text: str) -> AsyncIterator[registry_pb2.DrainNodeResponse]:
+        """Takes a node out of plans and moves its stages elsewhere, telling of each move. See `draining`."""
+        node = nodes.find(text, await self._look_at_nodes())
+        async with self._draining:
+            began: set[tuple[str, int]] = set()
+            moves = drain(node, self._registered())
+            try:
+                async for move in moves:
+                    at = (move.model, move.stage)
+                    if at in began:
+                        began.remove(at)
+                        yield registry_pb2.DrainNodeResponse(moved=move)
+                    else:
+                        began.add(at)
+                        yield registry_pb2.DrainNodeResponse(moving=move)
+            finally:
+                await moves.aclose()  # type: ignore[attr-defined]
+                await self._look_at_nodes()
+        found = nodes.find(node.node_id, await self._look_at_nodes())
+        yield registry_pb2.DrainNodeResponse(drained=self._node_info(found))
+
+    async def undrain(self, text: str) -> registry_pb2.NodeInfo:
+        """Lets plans use a node again. Raises InvalidRequestError where Ray itself is ending it."""
+        node = nodes.find(text, await self._look_at_nodes())
+        if node.by_ray:
+            raise InvalidRequestError(
+                f"node {node.name} is being ended by Ray itself, which can't be taken back: start a new one"
+            )
+        await asyncio.to_thread(lambda: nodes.mark(node.node_id, drained=False))
+        return self._node_info(nodes.find(node.node_id, await self._look_at_nodes()))
+
+    async def follow_nodes(self) -> None:
+        """Keeps an eye on the nodes that Ray is ending, and moves their stages away as long as there is time."""
+        await self._look_at_nodes()
+        self._following = asyncio.create_task(self._follow())
+
+    async def _follow(self) -> None:
+        tried: dict[str, float] = {}
+        leaving: set[asyncio.Task[None]] = set()
+        try:
+            while True:
+                await asyncio.sleep(_FOLLOW_S)
+                try:
+                    if not await asyncio.to_thread(nodes.ending_ids):
+                        continue
+                    found = await self._look_at_nodes()
+                except Exception as error:
+                    logger.warning("the nodes can't be asked for: %s", one_line(error))
+                    continue
+                for node in found:
+                    if node.by_ray and time.monotonic() - tried.get(node.node_id, -_AGAIN_S) >= _AGAIN_S:
+                        tried[node.node_id] = time.monotonic()
+                        task = asyncio.create_task(self._leave_node(node))
+                        leaving.add(task)
+                        task.add_done_callback(leaving.discard)
+        finally:
+            for task in leaving:
+                task.cancel()
+
+    async def _leave_node(self, node: Node) -> None:
+        if not any(seat.node_id == node.node_id for entry in self._entries.values() for seat in entry.placement.seats):
+            return
+        logger.info("Ray is ending node %s: its stages are moved elsewhere", node.name)
+        try:
+            async for _ in self.drain(node.node_id):
+                pass
+        except Exception as error:
+            # When it has gone, its stages are lost, and brought back where there is room.
+            logger.warning("node %s is about to end, and %s", node.name, one_line(error))
+
+    def _registered(self) -> Registered:
+        return Registered(
+            entries=lambda: list(self._entries.values()), held=self._held, placing=self._placing, switch=self._switch
+        )
+
+    async def _switch(self, entry: Entry) -> None:
+        """Has a model take its replacements into use: as a recovery that has lost nothing."""
+        resident, name = entry.resident, entry.info.name
+        assert resident is not None
+        while resident.waits_for_switch:
+            if entry.discarding is not None:
+                raise ModelUnavailableError(f"model {name} was unloaded")
+            if self._is_closed:
+                raise GatewayUnavailableError("the gateway is stopping: drain again")
+            # Where a recovery is under way, it takes them at its next try.
+            self._suspect(entry)
+            await asyncio.sleep(_SWITCH_POLL_S)
+        if entry.attempt is not None:
+            await asyncio.shield(entry.attempt)
+
+    async def _look_at_nodes(self) -> list[Node]:
+        found = await asyncio.to_thread(nodes.nodes)
+        self._drained = {node.node_id: node.name for node in found if node.is_drained}
+        return found
+
+    def _node_info(self, node: Node) -> registry_pb2.NodeInfo:
+        stages = [
+            registry_pb2.StageAt(model=entry.info.name, stage=index, node=node.name, device=stage.device)
+            for entry in self._entries.values()
+            for index, (seat, stage) in enumerate(zip(entry.placement.seats, entry.info.plan.stages, strict=False))
+            if seat.node_id == node.node_id
+        ]
+        return registry_pb2.NodeInfo(
+            name=node.name,
+            node_id=node.node_id,
+            hostname=node.hostname,
+            drained=node.is_drained,
+            by_ray=node.by_ray,
+            stages=stages,
+        )
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
@@ -537,7 +686,12 @@ class Registry:
         self._on_change(entry.info.name, registry_pb2.MODEL_STATE_UNSPECIFIED)
 
     async def close(self, *, unload: bool) -> None:
-        """Leaves the registry. Models stay resident for the next one, unless `unload`; loads under way end."""
+        """Leaves the registry. Models stay resident for the next one, unless `unload`; loads under way end, and calls
+        too: GatewayUnavailableError tells them to ask the next gateway."""
+        self._is_closed = True
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
         for entry in list(self._entries.values()):
             if unload or entry.info.state not in (
                 registry_pb2.MODEL_STATE_READY,
@@ -606,6 +760,7 @@ class Registry:
         _, some, _ = next(iter(stages.values()))
         placement.workers = [stages[index][0] if index in stages else None for index in range(some.num_stages)]
         placement.seats = [Seat.of(seat) for seat in card.seats]
+        await leave_unused(placement)
         numbers = range(some.num_stages)
         specs = [stages[index][1] if index in stages else replace(some, index=index) for index in numbers]
         reports = [stages[index][2] if index in stages else None for index in numbers]
@@ -620,7 +775,7 @@ class Registry:
 def _recoveries(card: bytes) -> tuple[bool, int]:
     """Of two cards of a model, the later one counts: it knows where stages have moved."""
     read = registry_pb2.ModelCard.FromString(card)
-    return read.info.state == registry_pb2.MODEL_STATE_READY, read.info.recoveries
+    return read.info.state == registry_pb2.MODEL_STATE_READY, read.info.recoveries + read.info.moves
 
 
 def _settle(attempt: asyncio.Future[None], error: Exception | None) -> None:

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ray.exceptions import RayError
 
@@ -24,8 +26,23 @@ from ..worker.tracing import OFF, Span
 from . import loads, requests
 from .adapter_room import added, kv_tokens_beside
 from .adapters import BaseModel, OutlinedAdapter, cuts_of
-from .devices import gpus_or_all
-from .placement import Placement, call, end_process, is_there, kill, place_again, place_elsewhere, silent_nodes
+from .devices import Device
+from .moves import Need, Shortage, choose
+from .nodes import drained_ids
+from .placement import (
+    Placement,
+    Seat,
+    call,
+    end_process,
+    is_there,
+    kill,
+    leave_seat,
+    place_again,
+    place_beside,
+    place_elsewhere,
+    silent_nodes,
+    take_seat,
+)
 from .plan import PlannedStage
 from .planning import OutlinedModel, outline_model
 from .route import Route
@@ -36,6 +53,19 @@ logger = logging.getLogger(__name__)
 
 _TRIES_IN_PLACE = 2  # what kills every worker there will kill the next one too
 _DISCOVER_TIMEOUT_S = 90.0
+_STOP_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replacement:
+    """A second worker of a stage, loaded on `device` and not yet in use. began_s: on the monotonic clock."""
+
+    device: Device
+    name: str  # of the device, as the worker counts it
+    seat: Seat
+    worker: Any
+    report: LoadReport
+    began_s: float
 
 
 class Resident:
@@ -66,6 +96,8 @@ class Resident:
         self._adapter_tokens: dict[str, HubToken] = {}
         self._outlined: OutlinedModel | None = None
         self._card = b""
+        # By stage: what the next `restore` puts in the place of what is there.
+        self._ready: dict[int, Replacement] = {}
         self._vigil: Vigil | None = None
         self.route: Route | None = None
 
@@ -311,6 +343,7 @@ class Resident:
         this one has reached.
         """
         await self._unwatch()
+        await self._take_replacements()
         addresses = {index: report.address for index, report in enumerate(self._reports) if report is not None}
         silent = await lost_stages(addresses, self.metadata, self.tls)
         # Processes that hold on to their device, and answer nobody.
@@ -342,7 +375,9 @@ class Resident:
         spec, seat = self._specs[index], self.placement.seats[index]
         await kill(self.placement.workers[index])
         failure: ShardliftError = ModelUnavailableError(f"node {seat.node} left the cluster")
-        if await is_there(seat.node_id):
+        if seat.node_id in await asyncio.to_thread(drained_ids):
+            failure = ModelUnavailableError(f"node {seat.node} is drained")
+        elif await is_there(seat.node_id):
             if hanging is not None:
                 await end_process(seat.node_id, hanging)
             for _ in range(_TRIES_IN_PLACE):
@@ -369,20 +404,30 @@ class Resident:
             raise ModelUnavailableError(
                 f"stage {index} is lost, and the devices can't be told: {one_line(error, 200)}"
             ) from None
-        need = stage.resident_bytes + stage.workspace_bytes + stage.kv_budget_bytes
-        kind = "cuda" if spec.device.startswith("cuda") else "cpu"
-        # As a plan chooses: a node's processor beside GPUs is not a device.
-        able = [device for device in gpus_or_all(devices) if device.kind == kind]
-        fitting = [device for device in able if device.capacity_bytes >= need]
-        if not fitting:
+        found = choose([self.need(index)], devices)
+        if isinstance(found, Shortage):
             raise OutOfMemoryError(
-                f"stage {index} is lost ({one_line(why)}) and needs {need:,} bytes of a {kind} device, which no other "
-                "has free: it comes back when one has"
+                f"stage {index} is lost ({one_line(why)}) and needs {found.need.bytes_:,} bytes of a {found.need.kind} "
+                "device, which no other has free: it comes back when one has"
             )
-        device = min(fitting, key=lambda device: (device.capacity_bytes, device.path))
-        planned = PlannedStage(
+        (device,) = found
+        await place_elsewhere(self._planned(index, device), spec, self._card, self.placement)
+        stage.node, stage.device, stage.capacity_bytes = device.node, device.name, device.capacity_bytes
+
+    def need(self, index: int) -> Need:
+        """What a device must have for a stage to go there."""
+        stage = self.info.plan.stages[index]
+        return Need(
+            what=f"stage {index} of {self.info.name}",
+            kind="cuda" if self._specs[index].device.startswith("cuda") else "cpu",
+            bytes_=stage.resident_bytes + stage.workspace_bytes + stage.kv_budget_bytes,
+        )
+
+    def _planned(self, index: int, device: Device) -> PlannedStage:
+        stage = self.info.plan.stages[index]
+        return PlannedStage(
             device=device,
-            cut=spec.cut,
+            cut=self._specs[index].cut,
             resident_bytes=stage.resident_bytes,
             fetch_bytes=stage.fetch_bytes,
             kv_bytes_per_token=stage.kv_bytes_per_token,
@@ -391,8 +436,6 @@ class Resident:
             kv_bytes=stage.kv_bytes,
             kv_budget_bytes=stage.kv_budget_bytes,
         )
-        await place_elsewhere(planned, spec, self._card, self.placement)
-        stage.node, stage.device, stage.capacity_bytes = device.node, device.name, device.capacity_bytes
 
     async def _load(self, index: int, span: Span) -> None:
         worker = self.placement.workers[index]
@@ -402,6 +445,62 @@ class Resident:
         await self._attach_again(index)
         self._reports[index] = report
         self.info.residency[index].CopyFrom(loads.residency(index, report))
+
+    # -- moves -----------------------------------------------------------------------------------------------------
+
+    def stages_on(self, node_id: str) -> list[int]:
+        """Stages that have their seats on a node."""
+        return [index for index, seat in enumerate(self.placement.seats) if seat.node_id == node_id]
+
+    @property
+    def waits_for_switch(self) -> bool:
+        """Whether there is a replacement that is not in use yet."""
+        return bool(self._ready)
+
+    async def prepare_moves(self, indices: Sequence[int]) -> None:
+        """Finds out all that loading these stages again takes. Raises what stands against it; touches nothing."""
+        await self._complete_specs(indices)
+
+    async def seat_beside(self, index: int, device: Device) -> tuple[Seat, Any]:
+        """A second worker for a stage, on `device`: for `load_beside`."""
+        return await place_beside(self._planned(index, device), self._specs[index], self._card, self.placement)
+
+    async def load_beside(self, index: int, device: Device, seat: Seat, worker: Any) -> None:
+        """Loads a stage into a second worker, which the next `restore` puts in the place of the first. Where that
+        fails, or is given up, the second one goes."""
+        began_s = time.monotonic()
+        try:
+            report: LoadReport = await call(worker.load.remote(self._token), f"stage {index}")
+            name = await loads.actual_device(worker, index, device.name)
+        except BaseException:
+            await asyncio.shield(asyncio.ensure_future(leave_seat(seat, worker, self.placement)))
+            raise
+        self._ready[index] = Replacement(
+            device=device, name=name, seat=seat, worker=worker, report=report, began_s=began_s
+        )
+
+    async def drop_replacements(self) -> None:
+        """Lets go of those that are not in use."""
+        while self._ready:
+            _, replacement = self._ready.popitem()
+            await leave_seat(replacement.seat, replacement.worker, self.placement)
+
+    async def _take_replacements(self) -> None:
+        """Puts each replacement into its stage's place. What is there ends first: two must not answer for one stage."""
+        while self._ready:
+            index, new = self._ready.popitem()
+            old = self.placement.workers[index]
+            if old is not None:
+                # Who computes there is told to come again, rather than cut off.
+                with contextlib.suppress(Exception):
+                    await asyncio.wait_for(call(old.stop.remote(), f"stage {index}"), _STOP_TIMEOUT_S)
+            await take_seat(index, new.seat, new.worker, self.placement)
+            self._reports[index] = new.report
+            stage = self.info.plan.stages[index]
+            stage.node, stage.device = new.device.node, new.name
+            stage.capacity_bytes = new.device.capacity_bytes
+            self.info.residency[index].CopyFrom(loads.residency(index, new.report))
+            self.info.moves += 1
 
     async def _complete_specs(self, lost: Sequence[int]) -> None:
         """Has the specs of `lost` stages with all that a load needs, of the very same bytes that the others hold."""

@@ -13,9 +13,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..worker import own_gpus
 from . import gpu_ids
+from . import nodes as cluster_nodes
 from .devices import Device
 from .gpu_speeds import bandwidth
-from .inventory import node_names, order
 
 # Of a GPU's free memory: the rest is for the CUDA context, workspace and fragmentation.
 _USABLE_PART = 0.9
@@ -33,25 +33,28 @@ def discover(held: Collection[str] = (), without: Collection[str] = ()) -> list[
 
     A node with GPUs offers those; where Ray was told of GPUs that aren't there, each is a slot for a CPU worker.
     A node without offers its memory to CPU workers, unless it was told to take no work (0 CPUs).
+    Of a drained node, GPUs have room for nothing, and its memory is not offered; one that Ray is ending is left out.
     """
     alive = [node for node in ray.nodes() if node["Alive"]]
-    nodes = sorted((node for node in alive if node["NodeID"] not in without), key=order)
+    drained, ending = cluster_nodes.drained_ids(), cluster_nodes.ending_ids()
+    nodes = sorted((node for node in alive if node["NodeID"] not in {*without, *ending}), key=cluster_nodes.order)
     available = available_resources_per_node()
-    names_of = node_names(alive)
+    node_names = cluster_nodes.names(alive)
     gpus = _probe_gpus([node["NodeID"] for node in nodes if node["Resources"].get("GPU")])
     devices: list[Device] = []
     names: dict[str, str] = {}
     for node in nodes:
         node_id, total = node["NodeID"], node["Resources"]
         free = available.get(node_id, {})
-        name = names_of[node_id]
+        name = node_names[node_id]
+        is_drained = node_id in drained
         memory = int(free.get("memory", 0))
         if total.get("GPU"):
-            ids = _free_ids(name, node_id, int(total["GPU"]), int(free.get("GPU", 0)), held)
+            ids = set() if is_drained else _free_ids(name, node_id, int(total["GPU"]), int(free.get("GPU", 0)), held)
             found = gpus[node_id]
             devices += _gpu_devices(name, node_id, int(total["GPU"]), ids, [gpu.free_bytes for gpu in found], memory)
             names |= {f"{name}/cuda:{index}": gpu.name for index, gpu in enumerate(found)}
-        elif total.get("CPU") and memory:
+        elif total.get("CPU") and memory and not is_drained:
             devices.append(Device(node=name, node_id=node_id, name="cpu", kind="cpu", capacity_bytes=memory))
     return with_speeds(devices, names)
 

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from ..proto.v1.tls import gateway_tls, stage_tls
 from ..worker import logs
 from .auth import is_loopback, keep_token
 from .controller import start_controller, stop_controller
-from .gateway_options import GatewayOptions
+from .gateway_options import GRACE_S, GatewayOptions
 from .instance_file import home
 from .placement import NAMESPACE
 
@@ -52,10 +53,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--num-cpus", type=int)
     parser.add_argument("--num-gpus", type=int)
     _add_security(parser)
+    parser.add_argument("--grace", type=float, default=GRACE_S)
     options = parser.parse_args(arguments)
     stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
+
+    def stop(*_: object) -> None:
+        stopped.set()
+
+    _at_end(stop)
     try:
         log = logs.LogSettings.of(options.log_format, options.log_level)
         logs.configure(log)
@@ -64,6 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
             _join(options.ray_address)
         else:
             _start_ray(options.num_cpus, options.num_gpus)
+            # Ray puts its own in their place, which ends all of it at once.
+            _at_end(stop)
         address, actual, page = start_controller(_with_ports(asked))
     except Exception as error:
         ours = to_error(error)
@@ -77,6 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         "token_file": asked.token_file,
         "health": _health_address(actual),
         "page": page or None,
+        "grace_s": actual.grace_s,
     }
     print(json.dumps(answer), flush=True)
     if not options.ray_address:
@@ -128,6 +136,7 @@ def _gateway_options(options: argparse.Namespace) -> GatewayOptions:
         stage_tls=stages,
         allow_remote_code=options.allow_remote_code,
         page_port=options.page_port,
+        grace_s=options.grace,
     )
 
 
@@ -163,6 +172,11 @@ def _page_port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text[:80]!r} is no port, and not off")
     return int(text)
+
+
+def _at_end(stop: Callable[..., None]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
 
 
 def _free_port(host: str) -> int:

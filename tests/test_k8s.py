@@ -27,6 +27,7 @@ import shardlift
 from shardlift.client import channel
 from shardlift.client.cli.main import cli
 from shardlift.cluster import up
+from shardlift.cluster.gateway_options import GRACE_S
 from shardlift.proto.v1.tls import STAGE_NAME
 from shardlift.worker.byte_sizes import parse_size
 from tests.support.cluster import eventually
@@ -283,8 +284,22 @@ def test_tls_files_lie_where_they_are_looked_for(root: str) -> None:
 def test_environment_variables_are_the_codes(root: str) -> None:
     table = set(re.findall(r"^\| `(\w+)` \|", README.partition("## Configuration")[2], flags=re.MULTILINE))
     known = table | {"HF_HOME", "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "REDISCLI_AUTH"}
+    known |= {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"}
     for where, container, _ in containers(root):
         assert set(env(container)) <= known, where
+
+
+@needs_kubectl
+@pytest.mark.parametrize("root", CLUSTERS)
+def test_pods_have_time_for_their_grace(root: str) -> None:
+    """The head's for calls that run; a stage's for its stages to be loaded elsewhere."""
+    head = ray_cluster(root)["headGroupSpec"]["template"]["spec"]
+    assert head["terminationGracePeriodSeconds"] >= GRACE_S + 20
+    assert [each for each in head["containers"] if "--grace" in each.get("command", [])] == [], "it would count, too"
+    for group in ray_cluster(root)["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        drain_s = float(env(pod["containers"][0])["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+        assert 60 <= drain_s <= pod["terminationGracePeriodSeconds"] - 20
 
 
 @needs_kubectl

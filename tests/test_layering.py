@@ -22,7 +22,9 @@ PURE = [
     *(f"worker.{name}" for name in ("anatomy", "spec", "code_spec", "adapter_spec", "fetch", "quantization", "packed")),
     *(f"worker.{name}" for name in ("records", "headers", "chunks", "timeline", "byte_sizes", "metrics", "logs")),
     *(f"cluster.{name}" for name in ("sizes", "devices", "partition", "plan", "pace", "load_time")),
-    *(f"cluster.{name}" for name in ("blocks", "slowest", "spread", "refusal", "device_map", "quantized", "shrink")),
+    *(f"cluster.{name}" for name in ("blocks", "slowest", "spread", "refusal", "device_map", "moves")),
+    *(f"cluster.{name}" for name in ("quantized", "shrink")),
+    *(f"cluster.doctor.{name}" for name in ("finding", "seen", "verdicts")),
     *(f"proto.v1.{name}" for name in ("errors", "frames", "wire")),
 ]
 # How transformers loads and quantizes: no promise of theirs covers it.

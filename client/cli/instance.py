@@ -39,6 +39,13 @@ from .common import as_json, print_json
 @click.option("--stage-tls-name", help="What these are made out to. [default: shardlift-stage]")
 @click.option("--allow-remote-code", is_flag=True, help="Listen to requests with trust_remote_code=True.")
 @click.option(
+    "--grace",
+    "grace_s",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="For how long running calls may go on when the gateway is stopped. [default: 30]",
+)
+@click.option(
     "--block",
     is_flag=True,
     help="Stay, and start the gateway again where it has gone. Ctrl-C or SIGTERM stops it, as `shardlift down` does.",
@@ -53,6 +60,7 @@ def up(
     page_port: str | None,
     log_format: str | None,
     log_level: str | None,
+    grace_s: float | None,
     block: bool,
     json_: bool,
     **security: str | int | bool | None,
@@ -67,6 +75,7 @@ def up(
         "page_port": page_port,
         "log_format": log_format,
         "log_level": log_level,
+        "grace_s": grace_s,
     }
     options |= {name: value for name, value in security.items() if value}
 
@@ -91,7 +100,7 @@ def up(
 @click.command()
 @as_json
 def down(json_: bool) -> None:
-    """Stops the local instance, and every model on it."""
+    """Stops the local instance, and every model on it. Calls that run may go on for the grace that `up` was given."""
     stopped = instance.stop()
     if json_:
         print_json({"stopped": stopped is not None, "address": None if stopped is None else stopped.address})

@@ -16,10 +16,12 @@ from .adapter import adapter
 from .cache import cache
 from .chat import chat
 from .convert import convert
+from .doctor import doctor
 from .generate import generate
 from .instance import down, up
 from .load import load
 from .models import list_models, show, unload
+from .nodes import drain, list_nodes, undrain
 from .plan import plan
 from .save import save
 
@@ -49,7 +51,25 @@ def cli() -> None:
     """Loads models into a cluster, shows where they are, and talks to them."""
 
 
-for command in (up, down, plan, load, list_models, show, generate, chat, adapter, save, unload, cache, convert):
+for command in (
+    up,
+    down,
+    plan,
+    load,
+    list_models,
+    show,
+    generate,
+    chat,
+    adapter,
+    save,
+    unload,
+    cache,
+    convert,
+    list_nodes,
+    drain,
+    undrain,
+    doctor,
+):
     cli.add_command(command)
 
 

@@ -16,12 +16,23 @@ class ModelState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MODEL_STATE_UNAVAILABLE: _ClassVar[ModelState]
     MODEL_STATE_UNLOADING: _ClassVar[ModelState]
     MODEL_STATE_RECOVERING: _ClassVar[ModelState]
+
+class Verdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    VERDICT_UNSPECIFIED: _ClassVar[Verdict]
+    VERDICT_OK: _ClassVar[Verdict]
+    VERDICT_WARN: _ClassVar[Verdict]
+    VERDICT_FAIL: _ClassVar[Verdict]
 MODEL_STATE_UNSPECIFIED: ModelState
 MODEL_STATE_LOADING: ModelState
 MODEL_STATE_READY: ModelState
 MODEL_STATE_UNAVAILABLE: ModelState
 MODEL_STATE_UNLOADING: ModelState
 MODEL_STATE_RECOVERING: ModelState
+VERDICT_UNSPECIFIED: Verdict
+VERDICT_OK: Verdict
+VERDICT_WARN: Verdict
+VERDICT_FAIL: Verdict
 
 class ModelSource(_message.Message):
     __slots__ = ("path", "revision", "subfolder", "variant", "token", "hub_endpoint", "cache_dir", "trust_remote_code")
@@ -278,7 +289,7 @@ class StagePlan(_message.Message):
     def __init__(self, index: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., fetch_bytes: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., modules: _Optional[_Iterable[str]] = ..., workspace_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., predicted_load_seconds: _Optional[float] = ..., kv_budget_bytes: _Optional[int] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "state", "plan", "residency", "config_json", "generation_config_json", "path", "reason", "load_seconds", "recoveries", "recovery_seconds", "adapters", "default_adapters", "quantization_config_json", "footprint")
+    __slots__ = ("name", "state", "plan", "residency", "config_json", "generation_config_json", "path", "reason", "load_seconds", "recoveries", "recovery_seconds", "adapters", "default_adapters", "moves", "drained_nodes", "quantization_config_json", "footprint")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
@@ -292,6 +303,8 @@ class ModelInfo(_message.Message):
     RECOVERY_SECONDS_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    DRAINED_NODES_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
     FOOTPRINT_FIELD_NUMBER: _ClassVar[int]
     name: str
@@ -307,9 +320,11 @@ class ModelInfo(_message.Message):
     recovery_seconds: float
     adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
     default_adapters: _containers.RepeatedScalarFieldContainer[str]
+    moves: int
+    drained_nodes: _containers.RepeatedScalarFieldContainer[str]
     quantization_config_json: str
     footprint: Footprint
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., residency: _Optional[_Iterable[_Union[StageResidency, _Mapping]]] = ..., config_json: _Optional[str] = ..., generation_config_json: _Optional[str] = ..., path: _Optional[str] = ..., reason: _Optional[str] = ..., load_seconds: _Optional[float] = ..., recoveries: _Optional[int] = ..., recovery_seconds: _Optional[float] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., default_adapters: _Optional[_Iterable[str]] = ..., quantization_config_json: _Optional[str] = ..., footprint: _Optional[_Union[Footprint, _Mapping]] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., residency: _Optional[_Iterable[_Union[StageResidency, _Mapping]]] = ..., config_json: _Optional[str] = ..., generation_config_json: _Optional[str] = ..., path: _Optional[str] = ..., reason: _Optional[str] = ..., load_seconds: _Optional[float] = ..., recoveries: _Optional[int] = ..., recovery_seconds: _Optional[float] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., default_adapters: _Optional[_Iterable[str]] = ..., moves: _Optional[int] = ..., drained_nodes: _Optional[_Iterable[str]] = ..., quantization_config_json: _Optional[str] = ..., footprint: _Optional[_Union[Footprint, _Mapping]] = ...) -> None: ...
 
 class Footprint(_message.Message):
     __slots__ = ("parameter_bytes", "buffer_bytes")
@@ -654,3 +669,117 @@ class ClusterEvent(_message.Message):
     text: str
     count: int
     def __init__(self, unix_s: _Optional[float] = ..., kind: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
+
+class ListNodesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListNodesResponse(_message.Message):
+    __slots__ = ("nodes",)
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    nodes: _containers.RepeatedCompositeFieldContainer[NodeInfo]
+    def __init__(self, nodes: _Optional[_Iterable[_Union[NodeInfo, _Mapping]]] = ...) -> None: ...
+
+class NodeInfo(_message.Message):
+    __slots__ = ("name", "node_id", "hostname", "drained", "by_ray", "stages")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    HOSTNAME_FIELD_NUMBER: _ClassVar[int]
+    DRAINED_FIELD_NUMBER: _ClassVar[int]
+    BY_RAY_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    node_id: str
+    hostname: str
+    drained: bool
+    by_ray: bool
+    stages: _containers.RepeatedCompositeFieldContainer[StageAt]
+    def __init__(self, name: _Optional[str] = ..., node_id: _Optional[str] = ..., hostname: _Optional[str] = ..., drained: _Optional[bool] = ..., by_ray: _Optional[bool] = ..., stages: _Optional[_Iterable[_Union[StageAt, _Mapping]]] = ...) -> None: ...
+
+class StageAt(_message.Message):
+    __slots__ = ("model", "stage", "node", "device")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    stage: int
+    node: str
+    device: str
+    def __init__(self, model: _Optional[str] = ..., stage: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
+
+class DrainNodeRequest(_message.Message):
+    __slots__ = ("node",)
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    def __init__(self, node: _Optional[str] = ...) -> None: ...
+
+class DrainNodeResponse(_message.Message):
+    __slots__ = ("moving", "moved", "drained")
+    MOVING_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
+    DRAINED_FIELD_NUMBER: _ClassVar[int]
+    moving: StageMove
+    moved: StageMove
+    drained: NodeInfo
+    def __init__(self, moving: _Optional[_Union[StageMove, _Mapping]] = ..., moved: _Optional[_Union[StageMove, _Mapping]] = ..., drained: _Optional[_Union[NodeInfo, _Mapping]] = ...) -> None: ...
+
+class StageMove(_message.Message):
+    __slots__ = ("model", "stage", "from_node", "from_device", "to_node", "to_device", "seconds", "pause_seconds")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    FROM_NODE_FIELD_NUMBER: _ClassVar[int]
+    FROM_DEVICE_FIELD_NUMBER: _ClassVar[int]
+    TO_NODE_FIELD_NUMBER: _ClassVar[int]
+    TO_DEVICE_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    stage: int
+    from_node: str
+    from_device: str
+    to_node: str
+    to_device: str
+    seconds: float
+    pause_seconds: float
+    def __init__(self, model: _Optional[str] = ..., stage: _Optional[int] = ..., from_node: _Optional[str] = ..., from_device: _Optional[str] = ..., to_node: _Optional[str] = ..., to_device: _Optional[str] = ..., seconds: _Optional[float] = ..., pause_seconds: _Optional[float] = ...) -> None: ...
+
+class UndrainNodeRequest(_message.Message):
+    __slots__ = ("node",)
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    def __init__(self, node: _Optional[str] = ...) -> None: ...
+
+class UndrainNodeResponse(_message.Message):
+    __slots__ = ("node",)
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    node: NodeInfo
+    def __init__(self, node: _Optional[_Union[NodeInfo, _Mapping]] = ...) -> None: ...
+
+class DiagnoseClusterRequest(_message.Message):
+    __slots__ = ("timeout_s",)
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    timeout_s: float
+    def __init__(self, timeout_s: _Optional[float] = ...) -> None: ...
+
+class DiagnoseClusterResponse(_message.Message):
+    __slots__ = ("version", "findings")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    FINDINGS_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    findings: _containers.RepeatedCompositeFieldContainer[Finding]
+    def __init__(self, version: _Optional[str] = ..., findings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ...) -> None: ...
+
+class Finding(_message.Message):
+    __slots__ = ("check", "node", "verdict", "finding", "remedy")
+    CHECK_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    VERDICT_FIELD_NUMBER: _ClassVar[int]
+    FINDING_FIELD_NUMBER: _ClassVar[int]
+    REMEDY_FIELD_NUMBER: _ClassVar[int]
+    check: str
+    node: str
+    verdict: Verdict
+    finding: str
+    remedy: str
+    def __init__(self, check: _Optional[str] = ..., node: _Optional[str] = ..., verdict: _Optional[_Union[Verdict, str]] = ..., finding: _Optional[str] = ..., remedy: _Optional[str] = ...) -> None: ...

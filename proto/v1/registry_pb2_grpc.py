@@ -96,6 +96,26 @@ class ModelRegistryServiceStub:
                 request_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.WatchClusterRequest.SerializeToString,
                 response_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.WatchClusterResponse.FromString,
                 _registered_method=True)
+        self.ListNodes = channel.unary_unary(
+                '/shardlift.v1.ModelRegistryService/ListNodes',
+                request_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.ListNodesRequest.SerializeToString,
+                response_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.ListNodesResponse.FromString,
+                _registered_method=True)
+        self.DrainNode = channel.unary_stream(
+                '/shardlift.v1.ModelRegistryService/DrainNode',
+                request_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.DrainNodeRequest.SerializeToString,
+                response_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.DrainNodeResponse.FromString,
+                _registered_method=True)
+        self.UndrainNode = channel.unary_unary(
+                '/shardlift.v1.ModelRegistryService/UndrainNode',
+                request_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.UndrainNodeRequest.SerializeToString,
+                response_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.UndrainNodeResponse.FromString,
+                _registered_method=True)
+        self.DiagnoseCluster = channel.unary_stream(
+                '/shardlift.v1.ModelRegistryService/DiagnoseCluster',
+                request_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.DiagnoseClusterRequest.SerializeToString,
+                response_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.DiagnoseClusterResponse.FromString,
+                _registered_method=True)
 
 
 class ModelRegistryServiceServicer:
@@ -186,6 +206,35 @@ class ModelRegistryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListNodes(self, request, context):
+        """The cluster's nodes, and what is on them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainNode(self, request, context):
+        """Keeps a node out of new plans, and moves the stages on it to other devices: each is loaded there first. Refused,
+        with nothing touched, where there is no room. Cancelling it ends the moves; the node stays out of plans.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndrainNode(self, request, context):
+        """Lets plans use a drained node again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DiagnoseCluster(self, request, context):
+        """Examines the gateway's machine and every node, and what lies between them; findings as they come.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelRegistryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -248,6 +297,26 @@ def add_ModelRegistryServiceServicer_to_server(servicer, server):
                     servicer.WatchCluster,
                     request_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.WatchClusterRequest.FromString,
                     response_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.WatchClusterResponse.SerializeToString,
+            ),
+            'ListNodes': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListNodes,
+                    request_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.ListNodesRequest.FromString,
+                    response_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.ListNodesResponse.SerializeToString,
+            ),
+            'DrainNode': grpc.unary_stream_rpc_method_handler(
+                    servicer.DrainNode,
+                    request_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.DrainNodeRequest.FromString,
+                    response_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.DrainNodeResponse.SerializeToString,
+            ),
+            'UndrainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.UndrainNode,
+                    request_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.UndrainNodeRequest.FromString,
+                    response_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.UndrainNodeResponse.SerializeToString,
+            ),
+            'DiagnoseCluster': grpc.unary_stream_rpc_method_handler(
+                    servicer.DiagnoseCluster,
+                    request_deserializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.DiagnoseClusterRequest.FromString,
+                    response_serializer=shardlift_dot_proto_dot_v1_dot_registry__pb2.DiagnoseClusterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -575,6 +644,114 @@ class ModelRegistryService:
             '/shardlift.v1.ModelRegistryService/WatchCluster',
             shardlift_dot_proto_dot_v1_dot_registry__pb2.WatchClusterRequest.SerializeToString,
             shardlift_dot_proto_dot_v1_dot_registry__pb2.WatchClusterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListNodes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardlift.v1.ModelRegistryService/ListNodes',
+            shardlift_dot_proto_dot_v1_dot_registry__pb2.ListNodesRequest.SerializeToString,
+            shardlift_dot_proto_dot_v1_dot_registry__pb2.ListNodesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shardlift.v1.ModelRegistryService/DrainNode',
+            shardlift_dot_proto_dot_v1_dot_registry__pb2.DrainNodeRequest.SerializeToString,
+            shardlift_dot_proto_dot_v1_dot_registry__pb2.DrainNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UndrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardlift.v1.ModelRegistryService/UndrainNode',
+            shardlift_dot_proto_dot_v1_dot_registry__pb2.UndrainNodeRequest.SerializeToString,
+            shardlift_dot_proto_dot_v1_dot_registry__pb2.UndrainNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DiagnoseCluster(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shardlift.v1.ModelRegistryService/DiagnoseCluster',
+            shardlift_dot_proto_dot_v1_dot_registry__pb2.DiagnoseClusterRequest.SerializeToString,
+            shardlift_dot_proto_dot_v1_dot_registry__pb2.DiagnoseClusterResponse.FromString,
             options,
             channel_credentials,
             insecure,

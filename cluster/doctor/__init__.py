@@ -1,0 +1,1 @@
+"""What is wrong with a machine, or between machines: probes that look, and verdicts that judge."""
