@@ -42,8 +42,9 @@ types: $(READY)  ## mypy
 	MYPYPATH=.cache/types $(BIN)/mypy -p shardlift.client -p shardlift.cluster -p shardlift.worker \
 	  -m shardlift.proto.v1.errors -m shardlift.proto.v1.frames -m shardlift.proto.v1.status -m shardlift.proto.v1.wire
 
+# In two processes: what runs on Ray, and waits for much of its time, beside all the rest.
 unit: $(READY)  ## tests alone
-	$(BIN)/python -m pytest -m "not gpu and not soak"
+	$(BIN)/python -m pytest -m "not gpu and not soak" -n 2 --dist loadgroup
 
 soak: $(READY)  ## minutes of load and faults
 	$(BIN)/python -m pytest -m soak

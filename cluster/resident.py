@@ -499,6 +499,8 @@ class Resident:
             stage = self.info.plan.stages[index]
             stage.node, stage.device = new.device.node, new.name
             stage.capacity_bytes = new.device.capacity_bytes
+            # Now, not when it was loaded: others may have come since.
+            await self._attach_again(index)
             self.info.residency[index].CopyFrom(loads.residency(index, new.report))
             self.info.moves += 1
 

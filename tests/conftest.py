@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from tests.support.hub import HubServer
 
 ROOT = Path(__file__).resolve().parents[1]
+_ON_RAY = re.compile(r"tests\.support\.(cluster|ray_start)|^\s*import ray|instance\.start|RunningCluster", re.MULTILINE)
 CHECKPOINTS = Path(os.environ.get("SHARDLIFT_TEST_CACHE", ROOT / ".cache")) / "checkpoints"
 
 
@@ -33,6 +35,17 @@ class _RootIsNoTestPackage:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_RootIsNoTestPackage())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups for `pytest -n`: one of everything that runs on Ray, whose clusters would else be too many at a time, and
+    one for each other file."""
+    groups: dict[Path, str] = {}
+    for item in items:
+        if item.path not in groups:
+            on_ray = _ON_RAY.search(item.path.read_text(encoding="utf-8"))
+            groups[item.path] = "ray" if on_ray else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(groups[item.path]))
 
 
 @pytest.fixture(scope="session")
