@@ -27,6 +27,7 @@ from ..worker.sources import Source, open_source
 from ..worker.tensors import dtype_by_name
 from . import requests
 from .checkpoint import exists, read_headers, read_json, resolve_source
+from .layout import attention_to_plan_with
 from .planning import OutlinedModel, outline_model
 
 CONFIG_FILE = "adapter_config.json"
@@ -86,7 +87,7 @@ def outline(name: str, source: registry_pb2.ModelSource, token: HubToken, base: 
     skeleton = build_skeleton(
         parse_config(base.config, code),
         dtype=dtype_by_name(base.dtype),
-        attn_implementation=base.attn_implementation,
+        attn_implementation=attention_to_plan_with(base.attn_implementation),
         anatomy=base.anatomy,
         code=code,
     )

@@ -26,6 +26,7 @@ _CHUNK_TOKENS = 512  # of a prompt, at a time
 # Less is lost in what an allocator rounds up to: a small model may fill its device to the last byte.
 _LEAST_WORKSPACE_BYTES = 16 << 20
 _MODEL_DTYPES = ("bfloat16", "float16", "float32", "float64")
+_FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3")
 _UNLISTED = (
     "model type {!r} isn't one of the families that shardlift is tested with; a small model of this config, cut into "
     "stages, gave transformers' own logits to the bit"
@@ -78,6 +79,12 @@ def _model_dtype(text: str) -> str:
     return name
 
 
+def attention_to_plan_with(attn_implementation: str | None) -> str | None:
+    """FlashAttention changes no tensor's name or size, and where plans are made, on a head without a GPU, it is not
+    installed: whether a worker has it, that says when it builds the model."""
+    return None if attn_implementation in _FLASH_ATTENTION else attn_implementation
+
+
 def lay_out(
     config: Mapping[str, Any],
     records: Mapping[str, TensorRecord],
@@ -108,7 +115,7 @@ def lay_out(
             parsed,
             dtype=dtype_by_name(dtype),
             quantization=quantization,
-            attn_implementation=attn_implementation,
+            attn_implementation=attention_to_plan_with(attn_implementation),
             quantize_experts=experts,
             anatomy=anatomy,
             code=code,

@@ -15,7 +15,7 @@ from ..worker.spec import SessionLimits, StageSpec
 from .checkpoint import Checkpoint, CheckpointRequest, read_checkpoint
 from .config_limits import check_config
 from .devices import Device
-from .layout import Layout, lay_out, resolve_dtype
+from .layout import Layout, attention_to_plan_with, lay_out, resolve_dtype
 from .plan import Plan, PlanOptions, make_plan
 from .quantized import Quantized, settle
 from .selfcheck import unlisted_anatomy
@@ -154,7 +154,8 @@ def outline_model(request: CheckpointRequest, token: HubToken, options: ModelOpt
     if request.trust_remote_code and needs_code(config):
         found = find_code(checkpoint.source, token, config)
         code = import_code(found, checkpoint.source, token)
-    unlisted = unlisted_anatomy(config, dtype=dtype, attn_implementation=options.attn_implementation, code=code)
+    attention = attention_to_plan_with(options.attn_implementation)
+    unlisted = unlisted_anatomy(config, dtype=dtype, attn_implementation=attention, code=code)
     quantized = settle(config, options.quantization, requantize=options.requantize)
     layout = lay_out(
         quantized.config,

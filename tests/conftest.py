@@ -40,12 +40,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Groups for `pytest -n`: one of everything that runs on Ray, whose clusters would else be too many at a time, and
     one for each other file."""
-    groups: dict[Path, str] = {}
+    paths = {item.path for item in items}
+    on_ray = {path for path in paths if _ON_RAY.search(path.read_text(encoding="utf-8"))}
+    on_ray |= {item.path for item in items if "cluster" in getattr(item, "fixturenames", ())}
     for item in items:
-        if item.path not in groups:
-            on_ray = _ON_RAY.search(item.path.read_text(encoding="utf-8"))
-            groups[item.path] = "ray" if on_ray else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(groups[item.path]))
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in on_ray else item.path.stem))
 
 
 @pytest.fixture(scope="session")

@@ -506,3 +506,16 @@ def test_a_large_model_is_planned_with_its_workspace(tmp_path: Path) -> None:
         "load_in_4bit=True, bnb_4bit_use_double_quant=True",
     ]
     assert plain.lighter[0][1].stage(0, 2) == packed.sizes.stage(0, 2)
+
+
+def test_flash_attention_is_planned_anywhere_and_refused_where_it_is_missing(tmp_path: Path) -> None:
+    """A head without a GPU plans for workers that have it."""
+    folder = tiny("llama", tmp_path, layers=2)
+    request = CheckpointRequest(path=str(folder))
+    options = ModelOptions(dtype="bfloat16", attn_implementation="flash_attention_2")
+    planned = plan_model(request, None, options, PlanOptions(num_stages=2), parse_devices("2x1GiB"))
+    spec = planned.specs("model", "load", "secret")[0]
+    assert spec.attn_implementation == "flash_attention_2"
+    with pytest.raises(InvalidRequestError, match=r"the model can't be built as asked: .*[Ff]lash") as raised:
+        load_stage(spec, None, LoadProgress())
+    assert "\n" not in str(raised.value)
