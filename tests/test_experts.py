@@ -56,6 +56,7 @@ NAMES = {
     "hunyuan_v1_moe": _AS_RESIDENT,
     "hy_v3": _AS_RESIDENT,
     "lfm2_moe": ("model.layers.{layer}.feed_forward.experts.{expert}.{name}.weight", ("w1", "w3", "w2")),
+    "minimax": _AS_IN_MIXTRAL,
     "minimax_m2": _AS_IN_MIXTRAL,
     "mixtral": _AS_IN_MIXTRAL,
     "olmoe": _AS_RESIDENT,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from _pytest.mark import ParameterSet
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, PreTrainedModel
+from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
 from shardlift.worker.anatomy import FAMILIES, TEXT_PARTS
 from tests.support import checkpoints, ring
@@ -131,7 +132,7 @@ async def check_decoding(
     decoded: int,
 ) -> None:
     """Prefill in `chunks`, then greedy steps on the cache: every logit of every step."""
-    cache = DynamicCache(config=whole.config)
+    cache = MiniMaxCache() if whole.config.model_type == "minimax" else DynamicCache(config=whole.config)
     session = pipeline.session()
     positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
     inputs = list(ids.split(chunks, dim=-1))

@@ -40,7 +40,7 @@ UNLISTED: dict[str, dict[str, Any]] = {
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bert": ({"is_decoder": True}, "away from its layers"),
     "ctrl": ({}, "without a cache: logits differ by up to"),
-    "minimax": ({}, "cache of its own"),
+    "deepseek_v4": ({}, "RuntimeError"),
     "nanochat": ({}, "logits differ by up to"),
     "openai-gpt": ({}, "RuntimeError"),
 }

@@ -139,6 +139,7 @@ FAMILIES: dict[str, Anatomy] = {
     "lfm2_moe": Anatomy(after=("embedding_norm",)),
     "llama": _LLAMA,
     "llama4_text": _LLAMA,
+    "minimax": _LLAMA,
     "minimax_m2": _LLAMA,
     "ministral": _LLAMA,
     "ministral3": _LLAMA,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -63,12 +64,51 @@ class _ElsewhereNothing(DummyLayer):
         pass
 
 
+class _StateLayer(DynamicLayer):
+    """A layer that keeps a state and no keys, in a cache whose model asks all its layers for a length: it has none."""
+
+    state: torch.Tensor | None = None
+
+    def advance(self, tokens: int) -> None:
+        pass
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.state is not None:
+            self.state = self.state[indices]
+
+
+@functools.cache
+def _minimax_cache() -> type[DynamicCache]:
+    """MiniMax takes no cache but its own, whose states lie beside the layers: here in them, as all else does."""
+    from transformers.models.minimax.modeling_minimax import MiniMaxCache
+
+    class Cache(MiniMaxCache):
+        def __init__(self, config: PreTrainedConfig) -> None:
+            super().__init__()
+            self.layers = [
+                _StateLayer() if kind == "linear_attention" else DynamicLayer() for kind in config.layer_types
+            ]
+
+        def get_linear_cache(self, layer_idx: int) -> torch.Tensor | None:
+            state: torch.Tensor | None = self.layers[layer_idx].state
+            return state
+
+        def set_linear_cache(self, layer_idx: int, linear_cache: torch.Tensor) -> None:
+            self.layers[layer_idx].state = linear_cache
+
+    return Cache
+
+
+def _new_cache(config: PreTrainedConfig) -> DynamicCache:
+    return _minimax_cache()(config) if config.model_type == "minimax" else DynamicCache(config=config)
+
+
 class StageCache:
     """`cache` is what a model's forward takes as `past_key_values`; call `advance` after each forward."""
 
     def __init__(self, config: PreTrainedConfig, cut: Cut) -> None:
         self._config = config.get_text_config(decoder=True)
-        self.cache = DynamicCache(config=self._config)
+        self.cache = _new_cache(self._config)
         assert len(self.cache.layers) == cut.num_layers, (len(self.cache.layers), cut.num_layers)
         self._elsewhere: list[Any] = []
         for index, layer in enumerate(self.cache.layers):
@@ -80,7 +120,7 @@ class StageCache:
 
     def shape_after(self, tokens: int) -> DynamicCache:
         """What the cache will look like to whoever makes a mask, `tokens` positions from now. Holds nothing."""
-        cache = DynamicCache(config=self._config)
+        cache = _new_cache(self._config)
         cache.layers = [_elsewhere(layer) for layer in cache.layers]
         for layer in cache.layers:
             layer.advance(self.length + tokens)
@@ -108,7 +148,7 @@ class StageCache:
         """
         if length >= self.length:
             return True
-        if any(isinstance(layer, LinearAttentionLayer) for layer in self.cache.layers):
+        if any(isinstance(layer, (LinearAttentionLayer, _StateLayer)) for layer in self.cache.layers):
             return False
         windows = [layer.sliding_window for layer in self.cache.layers if getattr(layer, "is_sliding", False)]
         return self.length < min(windows, default=self.length + 1)
@@ -118,7 +158,7 @@ class StageCache:
         for layer in self.cache.layers:
             if isinstance(layer, LinearAttentionLayer):
                 layer.reorder_cache(rows)
-            elif layer.is_initialized or layer in self._elsewhere:
+            elif isinstance(layer, _StateLayer) or layer.is_initialized or layer in self._elsewhere:
                 layer.batch_select_indices(rows)
 
     @property
@@ -132,6 +172,8 @@ class StageCache:
         storages = {}
         for layer in self.cache.layers:
             kept = [getattr(layer, "keys", None), getattr(layer, "values", None)]
+            if isinstance(layer, _StateLayer):
+                kept.append(layer.state)
             if isinstance(layer, LinearAttentionLayer):
                 kept += [*layer.conv_states.values(), *layer.recurrent_states.values()]
             for tensor in kept:
@@ -144,6 +186,8 @@ class StageCache:
 def _elsewhere(layer: Any) -> Any:
     if type(layer) is DynamicLayer:
         return _ElsewhereLayer()
+    if type(layer) is _StateLayer:
+        return _StateLayer()
     if type(layer) is DynamicSlidingWindowLayer:
         return _ElsewhereSlidingLayer(sliding_window=layer.sliding_window)
     if type(layer) is LinearAttentionLayer:

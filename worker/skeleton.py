@@ -212,7 +212,8 @@ class Skeleton:
     def state_bytes_per_row(self) -> list[int]:
         """Bytes that each layer keeps for one row however long it is: what a linear layer has in place of keys.
 
-        The last inputs of its convolution, and a float32 matrix for each head where it is recurrent.
+        The last inputs of its convolution, and where it is recurrent a matrix for each head: in float32, but for MiniMax
+        in the model's dtype.
         """
         config = self.model.config.get_text_config(decoder=True)
         recurrent = 0
@@ -222,6 +223,9 @@ class Skeleton:
             recurrent = heads * config.mamba_d_head * config.mamba_d_state
         elif heads := getattr(config, "mamba_num_heads", None):
             recurrent = heads * config.mamba_head_dim * config.ssm_state_size
+        item_bytes = 4
+        if config.model_type == "minimax":
+            recurrent, item_bytes = config.num_attention_heads * config.head_dim**2, self.dtype.itemsize
         states = []
         for layer, kind in zip(getattr(self.base, self.anatomy.layers), self._layer_kinds(), strict=True):
             inputs = sum(
@@ -229,7 +233,8 @@ class Skeleton:
                 for module in layer.modules()
                 if isinstance(module, nn.Conv1d)
             )
-            states.append(inputs * self.dtype.itemsize + 4 * recurrent if kind in _STATE_KINDS else 0)
+            size = inputs * self.dtype.itemsize + item_bytes * recurrent
+            states.append(size if kind in _STATE_KINDS else 0)
         return states
 
     def _layer_kinds(self) -> list[str]:

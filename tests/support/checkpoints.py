@@ -363,6 +363,23 @@ FAMILIES: dict[str, Family] = {
             },
         },
     ),
+    # Short blocks, so that a prompt has several, and every factor another.
+    "minimax": Family(
+        models="MiniMax-Text-01, MiniMax M1",
+        config_class="MiniMaxConfig",
+        config={
+            "head_dim": _HEAD_DIM,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "block_size": 8,
+            "full_attn_alpha_factor": 1.5,
+            "full_attn_beta_factor": 0.8,
+            "linear_attn_alpha_factor": 1.2,
+            "linear_attn_beta_factor": 0.9,
+            "mlp_alpha_factor": 1.3,
+            "mlp_beta_factor": 0.7,
+        },
+    ),
     "minimax_m2": Family(
         models="MiniMax M2",
         config_class="MiniMaxM2Config",
