@@ -37,6 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_RootIsNoTestPackage())
 
 
+# First, for pytest-xdist reads the groups in this hook, too.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Groups for `pytest -n`: one of everything that runs on Ray, whose clusters would else be too many at a time, and
     one for each other file."""

@@ -212,7 +212,7 @@ class Skeleton:
     def state_bytes_per_row(self) -> list[int]:
         """Bytes that each layer keeps for one row however long it is: what a linear layer has in place of keys.
 
-        The last inputs of its convolution, and where it is recurrent a matrix for each head: in float32, but for MiniMax
+        The last inputs of its convolution, and where it is recurrent a matrix for each head: in float32, or for MiniMax
         in the model's dtype.
         """
         config = self.model.config.get_text_config(decoder=True)
