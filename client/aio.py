@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 
 from ..proto.v1 import registry_pb2
-from ..proto.v1.errors import LoadCancelledError
+from ..proto.v1.errors import GatewayUnavailableError, LoadCancelledError, ModelNotFoundError
 from ..proto.v1.tls import TLS
 from . import gateway
 from .async_gateway import AsyncGateway, at_end, receive
@@ -20,9 +20,10 @@ from .channel import CONNECT_TIMEOUT_S
 from .connection import CACHE_TIMEOUT_S, PLAN_TIMEOUT_S
 from .describe import LoadReport, describe
 from .nodes import DrainReport, Finding, NodeInfo, StageMove, findings_of
-from .patience import RETRY_S
+from .patience import RETRY_S, Patience
 from .trace_file import TraceFile
 from .values import CachedPart, LoadEvent, ModelInfo, Plan
+from .views import ClusterView
 
 
 class AsyncClient:
@@ -108,6 +109,33 @@ class AsyncClient:
                 if error.code() is grpc.StatusCode.CANCELLED:
                     raise LoadCancelledError("the load was cancelled") from None
                 raise
+
+    async def cluster(self, model: str | None = None) -> ClusterView:
+        """The cluster as it is now: as `Client.cluster`."""
+        request = registry_pb2.DescribeClusterRequest(model=model or "")
+        return ClusterView.from_proto((await self._gateway.ask("DescribeCluster", request)).cluster)
+
+    async def watch(self, model: str | None = None, *, interval_s: float = 1.0) -> AsyncIterator[ClusterView]:
+        """As `cluster`, at once and whenever it has changed; with `model`, until that is unloaded."""
+        request = registry_pb2.WatchClusterRequest(model=model or "", interval_s=interval_s)
+        is_known = False
+        patience = Patience(self._gateway.retry_s)
+        while True:
+            try:
+                call = await self._gateway.registry_stream("WatchCluster", request)
+                try:
+                    while (response := await receive(self._gateway, call)) is not None:
+                        is_known, patience = True, Patience(self._gateway.retry_s)
+                        yield ClusterView.from_proto(response.cluster)
+                finally:
+                    call.cancel()
+                return
+            except ModelNotFoundError:
+                if not is_known:
+                    raise
+                return
+            except GatewayUnavailableError as error:
+                await self._gateway.wait_for_return(patience, error)
 
     async def cached_parts(self) -> list[CachedPart]:
         """The quantized parts that the cluster's nodes keep for later loads."""

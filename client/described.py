@@ -135,7 +135,7 @@ class DescribedModel:
         return {module: stage.place for stage in self.plan.stages for module in stage.modules}
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of parameters and buffers, counted as transformers does, on all stages together.
+        """Bytes of parameters and buffers, adapters' too, counted as transformers does, on all stages together.
 
         What several hold, such as a tied embedding, counts for each. `residency()` has every byte, those of quantized
         weights' statistics too.
@@ -143,7 +143,8 @@ class DescribedModel:
         info = self._known(measured=True)
         if info.parameter_bytes is None:  # a gateway that doesn't tell
             return sum(stage.measured_bytes for stage in info.residency)
-        return info.parameter_bytes + (info.buffer_bytes if return_buffers else 0)
+        adapters = sum(adapter.bytes for adapter in info.adapters)
+        return info.parameter_bytes + adapters + (info.buffer_bytes if return_buffers else 0)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many parameters the model has, before any quantization. None of a resident model is trainable."""

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pickle
 import shutil
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -125,7 +125,7 @@ def _read(path: Path, file: str) -> dict[str, torch.Tensor]:
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # written before torch 1.6: can't be mapped
                 state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise CorruptCheckpointError(
             f"{file} is not weights alone, and is not opened further: {one_line(error, 160)}"
         ) from None

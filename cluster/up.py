@@ -42,19 +42,7 @@ _LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="shardlift.cluster.up", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="accepted for symmetry: the output is always JSON")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=int(os.environ.get("SHARDLIFT_PORT") or DEFAULT_PORT))
-    parser.add_argument("--page-port", type=_page_port, default=os.environ.get("SHARDLIFT_PAGE_PORT") or None)
-    parser.add_argument("--log-format", choices=logs.FORMATS)
-    parser.add_argument("--log-level", type=str.upper, choices=logs.LEVELS)
-    parser.add_argument("--ray-address")
-    parser.add_argument("--num-cpus", type=int)
-    parser.add_argument("--num-gpus", type=int)
-    _add_security(parser)
-    parser.add_argument("--grace", type=float, default=GRACE_S)
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     stopped = threading.Event()
 
     def stop(*_: object) -> None:
@@ -92,6 +80,22 @@ def main(arguments: list[str] | None = None) -> int:
         stop_controller(unload=True)
     ray.shutdown()
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="shardlift.cluster.up", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="accepted for symmetry: the output is always JSON")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=int(os.environ.get("SHARDLIFT_PORT") or DEFAULT_PORT))
+    parser.add_argument("--page-port", type=_page_port, default=os.environ.get("SHARDLIFT_PAGE_PORT") or None)
+    parser.add_argument("--log-format", choices=logs.FORMATS)
+    parser.add_argument("--log-level", type=str.upper, choices=logs.LEVELS)
+    parser.add_argument("--ray-address")
+    parser.add_argument("--num-cpus", type=int)
+    parser.add_argument("--num-gpus", type=int)
+    _add_security(parser)
+    parser.add_argument("--grace", type=float, default=GRACE_S)
+    return parser
 
 
 def _add_security(parser: argparse.ArgumentParser) -> None:

@@ -102,11 +102,7 @@ def test_a_token_that_no_header_carries_is_refused(tmp_path: Path, token: str) -
 
 
 def flags(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=50051)
-    up._add_security(parser)
-    return parser.parse_args(words)
+    return up._parser().parse_args(words)
 
 
 def test_what_up_makes_of_its_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

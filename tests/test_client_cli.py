@@ -163,7 +163,7 @@ def test_plan(gateway: ScriptedGateway) -> None:
     assert row(done.stdout, "total") == "total 3.00 GiB 12.00 GiB 64 B"
     assert "room for 65,536 tokens of all sessions together (2.00 GiB for keys and values)" in done.stdout
     assert "about 3 min 20 s to load; bottleneck: stage 0, the link to node 10.0.0.7, at 64.0 MB/s" in done.stdout
-    assert "note: the experts stay as they are" in done.stdout
+    assert "note: expect snow" in done.stdout
 
 
 def test_plan_draws_the_cluster(gateway: ScriptedGateway, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import shardlift
 from shardlift.client.handle import RemoteModel
 from shardlift.cluster import loads
 from shardlift.cluster.gateway import Gateway
+from shardlift.cluster.gateway_options import GatewayOptions
 from shardlift.cluster.placement import Placement
 from shardlift.cluster.registry import Entry
 from shardlift.cluster.resident import Resident
@@ -72,7 +73,7 @@ def serving(folder: Path, ends: Sequence[int], **options: Any) -> Iterator[Serve
                 )
                 for address, each in zip(running.addresses, loaded, strict=True)
             ]
-            gateway = Gateway(None)
+            gateway = Gateway(GatewayOptions())
             info = _info(folder, specs, reports)
             request = registry_pb2.LoadModelRequest(name=NAME, source=registry_pb2.ModelSource(path=str(folder)))
             placement = Placement(model=NAME, load_id="load")
