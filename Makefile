@@ -42,9 +42,12 @@ types: $(READY)  ## mypy
 	MYPYPATH=.cache/types $(BIN)/mypy -p shardlift.client -p shardlift.cluster -p shardlift.worker \
 	  -m shardlift.proto.v1.errors -m shardlift.proto.v1.frames -m shardlift.proto.v1.status -m shardlift.proto.v1.wire
 
-# In two processes: what runs on Ray, and waits for much of its time, beside all the rest.
+# What runs on Ray waits for much of its time: all the rest goes beside it, and is told of afterwards.
 unit: $(READY)  ## tests alone
-	$(BIN)/python -m pytest -m "not gpu and not soak" -n 2 --dist loadgroup
+	@mkdir -p .cache
+	$(BIN)/python -m pytest -m "not ray and not gpu and not soak" >.cache/rest.log 2>&1 & rest=$$!; \
+	$(BIN)/python -m pytest -m "ray and not gpu and not soak"; on_ray=$$?; \
+	wait $$rest; rest=$$?; cat .cache/rest.log; exit $$(( on_ray || rest ))
 
 soak: $(READY)  ## minutes of load and faults
 	$(BIN)/python -m pytest -m soak

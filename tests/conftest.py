@@ -37,16 +37,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_RootIsNoTestPackage())
 
 
-# First, for pytest-xdist reads the groups in this hook, too.
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups for `pytest -n`: one of everything that runs on Ray, whose clusters would else be too many at a time, and
-    one for each other file."""
+    """Marks every file that runs on Ray."""
     paths = {item.path for item in items}
     on_ray = {path for path in paths if _ON_RAY.search(path.read_text(encoding="utf-8"))}
     on_ray |= {item.path for item in items if "cluster" in getattr(item, "fixturenames", ())}
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in on_ray else item.path.stem))
+        if item.path in on_ray:
+            item.add_marker("ray")
 
 
 @pytest.fixture(scope="session")
