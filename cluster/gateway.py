@@ -77,8 +77,16 @@ class Gateway:
     async def start(self) -> str:
         """Finds the resident models, then listens; gives its address, "grpcs://host:port" where it speaks TLS.
 
-        Raises InvalidRequestError when a port is taken, or a file of the TLS can't be used.
+        Raises InvalidRequestError when a port is taken, or a file of the TLS can't be used; nothing of it runs then.
         """
+        try:
+            return await self._start()
+        except BaseException:
+            # A server that is only forgotten would listen on, and keep gRPC's own threads from ending.
+            await self.stop(unload=False, grace_s=0)
+            raise
+
+    async def _start(self) -> str:
         options = self._options
         host = _bracketed(options.host)
         bound = listen(self._server, f"{host}:{options.port}", options.tls)

@@ -80,7 +80,8 @@ class Running:
 
     @property
     def address(self) -> str:
-        return f"{self.head.address}:{GATEWAY_PORT}"
+        """The gateway's. The overlay has no TLS, and the network is this machine's own: plain text is meant."""
+        return f"grpc://{self.head.address}:{GATEWAY_PORT}"
 
     @property
     def jobs(self) -> str:

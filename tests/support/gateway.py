@@ -31,7 +31,7 @@ async def serve(
         """What Ray would have been asked."""
 
     gateway = Gateway(options)
-    with mock.patch.object(Registry, "recover", nothing):
+    with mock.patch.multiple(Registry, recover=nothing, follow_nodes=nothing):
         address = await gateway.start()
     try:
         if ring is not None:
