@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import ray
 import torch
 
 import shardlift
+from shardlift.cluster.gateway_options import GatewayOptions
 from shardlift.cluster.lookout import Lookout
 from shardlift.cluster.page import COOKIE, FILES, Page
 from shardlift.proto.v1 import registry_pb2
@@ -22,6 +24,7 @@ from shardlift.proto.v1.errors import InvalidRequestError
 from tests.support import checkpoints
 from tests.support.browser import CHROMIUM, Tab, browser_tab, extent, pixels
 from tests.support.cluster import ADDRESSES, RunningCluster
+from tests.support.gateway import started
 from tests.support.quantization import nf4
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)")
@@ -315,6 +318,21 @@ async def test_a_port_that_is_taken_is_told(open_page: tuple[Page, MadeUp]) -> N
     page, lookout = open_page
     with pytest.raises(InvalidRequestError, match="another program has it; choose another with --page-port"):
         await Page(lookout, None).start("127.0.0.1", int(page.url.rstrip("/").rpartition(":")[2]))
+
+
+async def test_a_gateway_whose_page_has_no_port_says_so() -> None:
+    """What `up` then tells; it serves all the same."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        async with started(GatewayOptions(port=port - 1)) as (gateway, address):
+            assert address == f"127.0.0.1:{port - 1}"
+            assert gateway.page.url == ""
+            (said,) = gateway.warnings
+            assert said.startswith(f"there is no page: port {port} of 127.0.0.1 can't be listened on")
+            assert said.endswith("choose another with --page-port")
+    async with started(GatewayOptions(page_port=0)) as (gateway, _):
+        assert gateway.page.url
+        assert gateway.warnings == []
 
 
 def test_the_files_fetch_nothing_from_elsewhere() -> None:
