@@ -78,6 +78,11 @@ def is_secure(address: str) -> bool:
     return address.startswith(SECURE)
 
 
+def is_plain(address: str) -> bool:
+    """Whether `address` says itself that plain text is meant."""
+    return address.startswith(PLAIN)
+
+
 def is_loopback(address: str) -> bool:
     """Whether what is sent to `address` (as `normalize` gives it) stays on this machine."""
     address = _split(address)[1]

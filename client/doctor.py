@@ -30,13 +30,8 @@ def gateway_and_nodes(address: str | None, token: str | None, timeout_s: float) 
         where, token = gateway.target(address, token, start=False)
     except GatewayUnavailableError:
         return
-    if not channel.is_loopback(where):
-        yield Finding(
-            check="transport",
-            verdict="warn",
-            finding=f"what goes to {where} is not encrypted, the token included",
-            remedy="use a trusted network, a tunnel (`ssh -L`), or a mesh that encrypts",
-        )
+    if (transport := _transport(where)) is not None:
+        yield transport
     try:
         client = Client(gateway.resolve(where, token, start=False, timeout_s=channel.CONNECT_TIMEOUT_S, retry_s=0))
     except (ShardliftError, TimeoutError) as error:
@@ -50,7 +45,10 @@ def gateway_and_nodes(address: str | None, token: str | None, timeout_s: float) 
     with client:
         yield Finding(check="gateway", verdict="ok", finding=f"answers at {where}")
         try:
-            yield from client.diagnose(timeout_s=timeout_s)
+            for number, finding in enumerate(client.diagnose(timeout_s=timeout_s)):
+                if number == 0:  # whatever it says, it has listened
+                    yield _token_is_right(token)
+                yield finding
         except AuthenticationError as error:
             yield Finding(
                 check="token",
@@ -66,6 +64,29 @@ def gateway_and_nodes(address: str | None, token: str | None, timeout_s: float) 
                 finding=f"its examination ended early: {one_line(error)}",
                 remedy="look at the gateway's log; a gateway that is older than this command examines nothing",
             )
+
+
+def _transport(where: str) -> Finding | None:
+    """What the way to the gateway gives away; None where there is no way to speak of."""
+    if channel.is_secure(where):
+        return Finding(check="transport", verdict="ok", finding=f"what goes to {where} is encrypted")
+    if channel.is_loopback(where):
+        return None
+    if channel.is_plain(where):
+        said = f"what goes to {where} is in plain text, as its grpc:// says that it may be"
+        return Finding(check="transport", verdict="ok", finding=said)
+    return Finding(
+        check="transport",
+        verdict="warn",
+        finding=f"what goes to {where} is not encrypted, the token included",
+        remedy=f"have the gateway use TLS (`shardlift up --tls-cert`) and write grpcs://{where}; or, where the network "
+        f"is safe, grpc://{where}",
+    )
+
+
+def _token_is_right(token: str | None) -> Finding:
+    finding = "the gateway listens without one" if token is None else "the gateway listens to it"
+    return Finding(check="token", verdict="ok", finding=finding)
 
 
 def _examined(arguments: Sequence[str]) -> Iterator[Finding]:

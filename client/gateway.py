@@ -135,7 +135,8 @@ def target(address: str | None, token: str | None, *, start: bool, tls: TLS | No
     """
     found = address or os.environ.get("SHARDLIFT_ADDRESS")
     if not found:
-        local = instance.find_or_start() if start else instance.find()
+        # One that doesn't answer just now may be on its way up again: the connection waits for it, and names it.
+        local = instance.find_or_start() if start else instance.find() or instance.recorded()
         if local is None:
             raise GatewayUnavailableError(
                 "no gateway is known: pass address=, set SHARDLIFT_ADDRESS, or start one with `shardlift up`"

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hmac
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ..proto.v1 import status
 from ..proto.v1.errors import GatewayUnavailableError, InternalError, InvalidRequestError, ShardliftError
@@ -50,6 +52,8 @@ class Instance:
     page: str | None = None
     # For how long a stop lets running calls go on.
     grace_s: float = 0.0
+    # What its start had to say, one line each; told once, and not recorded.
+    warnings: Sequence[str] = field(default=(), compare=False)
 
     @property
     def token(self) -> str | None:
@@ -60,6 +64,12 @@ class Instance:
             return Path(self.token_file).read_text(encoding="utf-8").strip() or None
         except OSError:
             return None
+
+    def wants(self, token: str) -> bool:
+        """Whether `token` is the gateway's, as far as its file can be read here."""
+        if self.token_file is None:
+            return False
+        return self.token is None or hmac.compare_digest(self.token.encode(), token.encode())
 
 
 def home() -> Path:
@@ -77,13 +87,16 @@ def recorded() -> Instance | None:
 
 
 def find() -> Instance | None:
-    """The instance that answers, if there is one. Forgets one that is gone for good."""
+    """The instance that answers, if there is one. Forgets one whose process has gone.
+
+    A gateway on a cluster may be on its way up again: only `stop` forgets that.
+    """
     instance = recorded()
     if instance is None:
         return None
     if _answers(instance):
         return instance
-    if instance.pid is None or not _alive(instance.pid):
+    if instance.pid is not None and not _alive(instance.pid):
         _forget(instance)
     return None
 
@@ -94,7 +107,7 @@ def find_or_start() -> Instance:
     instance = find()
     if instance is not None and (ray_address is None or ray_address in ("auto", instance.ray_address)):
         return instance
-    return start(ray_address=ray_address)
+    return start(ray_address=ray_address, any_token=True)
 
 
 def ray_job_address() -> str | None:
@@ -115,33 +128,25 @@ def start(
     log_format: str | None = None,
     log_level: str | None = None,
     grace_s: float | None = None,
+    any_token: bool = False,
     timeout_s: float = START_TIMEOUT_S,
     **security: str | int | bool | None,
 ) -> Instance:
     """Starts a gateway, on a Ray of its own or on the cluster at `ray_address`, and returns once it answers.
 
-    security: the flags of `shardlift up` for TLS and remote code, with underscores. An instance that is up already and
-    meets the request is returned as it is. Raises what the start failed with,
-    InvalidRequestError when another instance is in the way, GatewayUnavailableError when it takes over `timeout_s`.
+    security: the flags of `shardlift up` for TLS and remote code, with underscores. any_token: $SHARDLIFT_TOKEN is what
+    this client sends, and not what a gateway that runs has to want. An instance that is up already and meets the
+    request is returned as it is. Raises what the start failed with, InvalidRequestError when another instance is in the
+    way, GatewayUnavailableError when it takes over `timeout_s`.
     """
     with _lock():
         running = find()
         if running is not None and ray_address is None:
-            if port is not None and not running.address.endswith(f":{port}"):
-                raise InvalidRequestError(
-                    f"a local instance already runs at {running.address}: run `shardlift down` before another port"
-                )
-            if security and security != running.security:
-                raise InvalidRequestError(
-                    f"a local instance already runs at {running.address}: run `shardlift down` before other flags for "
-                    "TLS or remote code"
-                )
+            _refuse_other(running, host, port, page_port, security, any_token)
             return running
-        stuck = recorded()
-        if running is None and stuck is not None:
-            raise GatewayUnavailableError(
-                f"the local instance (process {stuck.pid}) doesn't answer at {stuck.address}: run `shardlift down`"
-            )
+        stuck = None if running is not None else recorded()
+        if stuck is not None and (stuck.pid is not None or ray_address is None):
+            raise GatewayUnavailableError(_not_answering(stuck))
         options = {
             "--host": host,
             "--port": port,
@@ -153,6 +158,7 @@ def start(
             "--log-format": log_format,
             "--log-level": log_level,
             "--grace": grace_s,
+            "--any-token": any_token,
         }
         arguments = [text for name, value in options.items() if value is not None for text in _words(name, value)]
         instance = replace(_launch(arguments, timeout_s), security=security or None)
@@ -160,6 +166,41 @@ def start(
         if running is None or running.pid is None:
             _record(instance)
         return instance
+
+
+def _refuse_other(
+    running: Instance,
+    host: str | None,
+    port: int | None,
+    page_port: str | None,
+    security: Mapping[str, Any],
+    any_token: bool,
+) -> None:
+    """Raises InvalidRequestError where something else is asked for than what runs."""
+    has_host, _, has_port = running.address.rpartition("://")[2].rpartition(":")
+    page = "off" if running.page is None else str(urlsplit(running.page).port)
+    token = None if any_token else os.environ.get("SHARDLIFT_TOKEN")
+    others = {
+        "another host": host is not None and host.strip("[]") != has_host.strip("[]"),
+        "another port": port is not None and str(port) != has_port,
+        "another port of the page": page_port not in (None, page) and (page_port != "0" or page == "off"),
+        "another token": bool(token) and not running.wants(str(token)),
+        "other flags for TLS or remote code": bool(security) and security != running.security,
+    }
+    if found := [what for what, is_other in others.items() if is_other]:
+        raise InvalidRequestError(
+            f"a local instance already runs at {running.address}: run `shardlift down` before {' and '.join(found)}"
+        )
+
+
+def _not_answering(instance: Instance) -> str:
+    if instance.pid is not None:
+        return f"the local instance (process {instance.pid}) doesn't answer at {instance.address}: run `shardlift down`"
+    return (
+        f"the gateway that this machine has joined, on the cluster at {instance.ray_address}, doesn't answer at "
+        f"{instance.address}: wait if it is being restarted, join it again with `shardlift up --ray-address "
+        f"{instance.ray_address}`, or have it forgotten with `shardlift down`"
+    )
 
 
 def _words(name: str, value: object) -> list[str]:
@@ -175,18 +216,35 @@ def stop() -> Instance | None:
         instance = recorded()
         if instance is None:
             return None
-        command = [sys.executable, "-m", "shardlift.cluster.down", "--json"]
-        limit_s = instance.grace_s + STOP_TIMEOUT_S
-        try:
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=limit_s, check=False
-            )
-        except subprocess.TimeoutExpired:
-            raise InternalError(f"the local instance did not stop within {limit_s:g} s") from None
-        if done.returncode != 0:
-            raise _failure(done.stdout, done.stderr, "the local instance did not stop")
+        _take_down([], instance.grace_s + STOP_TIMEOUT_S)
         _forget(instance)
         return instance
+
+
+def stop_on(ray_address: str) -> str | None:
+    """Stops the gateway of the cluster at `ray_address`, whoever started it, and returns its address; None where there
+    was none. The models stay. Raises what the stop failed with, GatewayUnavailableError where no cluster is there."""
+    with _lock():
+        # How long its grace is, it knows: the process that asks it waits for that.
+        answer = _take_down(["--ray-address", ray_address], None)
+        instance = recorded()
+        if instance is not None and instance.pid is None and instance.ray_address == answer.get("ray_address"):
+            _forget(instance)
+        address = answer.get("address")
+        return None if address is None else str(address)
+
+
+def _take_down(arguments: list[str], limit_s: float | None) -> dict[str, Any]:
+    command = [sys.executable, "-m", "shardlift.cluster.down", "--json", *arguments]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=limit_s, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise InternalError(f"the local instance did not stop within {limit_s:g} s") from None
+    if done.returncode != 0:
+        raise _failure(done.stdout, done.stderr, "the gateway did not stop")
+    return last_json_line(done.stdout) or {}
 
 
 def keep(on_change: Callable[[Instance | ShardliftError], None], **options: Any) -> None:
@@ -285,13 +343,14 @@ def _from_dict(values: dict[str, Any]) -> Instance:
         security=values.get("security"),
         page=values.get("page"),
         grace_s=float(values.get("grace_s") or 0.0),
+        warnings=tuple(values.get("warnings") or ()),
     )
 
 
 def _record(instance: Instance) -> None:
     path = home() / "instance.json"
     draft = path.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps(asdict(instance)) + "\n", encoding="utf-8")
+    draft.write_text(json.dumps(asdict(replace(instance, warnings=()))) + "\n", encoding="utf-8")
     os.replace(draft, path)
 
 

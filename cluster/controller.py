@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from ..proto.v1.errors import InvalidRequestError, ShardliftError, one_line
+from ..proto.v1.errors import GatewayUnavailableError, InvalidRequestError, ShardliftError, one_line
 from ..worker import logs, tracing
+from .auth import fingerprint
 from .gateway import Gateway
 from .gateway_options import GatewayOptions
 from .placement import NAMESPACE
@@ -59,6 +63,15 @@ class Controller:
         await asyncio.shield(self._started)
         return self._gateway.page.url
 
+    async def warnings(self) -> list[str]:
+        """What whoever starts it should know, one line each."""
+        await asyncio.shield(self._started)
+        return self._gateway.warnings
+
+    async def has_token(self, salt: bytes, print_: bytes) -> bool:
+        """Whether the gateway wants the token that `print_` is the fingerprint of (auth.py)."""
+        return self._gateway.has_token(salt, print_)
+
     async def shutdown(self, unload: bool) -> None:
         """Stops serving, with its grace for what is under way. Models go with it only if `unload`. Whoever else asks
         for it waits for the same end."""
@@ -71,11 +84,40 @@ class Controller:
         await self._gateway.stop(unload=unload, grace_s=self._options.grace_s)
 
 
-def start_controller(options: GatewayOptions) -> tuple[str, GatewayOptions, str]:
-    """The address of this cluster's gateway, started if there is none, what it was started with, and the URL of its
-    page, "" where it has none. Needs a connection to Ray.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """A gateway that serves. options: what it was started with. page: its URL, "" where there is none. warnings: what
+    whoever starts it should know, one line each."""
 
-    Raises InvalidRequestError where it can't listen, and where one runs without the protection that is asked for.
+    address: str
+    options: GatewayOptions
+    page: str
+    warnings: Sequence[str]
+    handle: Any
+
+    def has_token(self, token: str) -> bool:
+        """Whether it wants this very token, which stays here."""
+        salt = secrets.token_bytes(16)
+        asked = self.handle.has_token.remote(salt, fingerprint(token, salt))
+        return bool(ray.get(asked, timeout=_START_TIMEOUT_S))
+
+
+def running_controller() -> Running | None:
+    """This cluster's gateway, once it serves; None where there is none. Needs a connection to Ray.
+
+    Raises GatewayUnavailableError for one that doesn't answer, and what kept it from serving.
+    """
+    try:
+        handle = ray.get_actor(ACTOR_NAME, namespace=NAMESPACE)
+        return _ask(handle)
+    except (ValueError, ActorDiedError):
+        return None
+
+
+def start_controller(options: GatewayOptions) -> Running:
+    """This cluster's gateway, started as `options` say if there is none. Needs a connection to Ray.
+
+    Raises InvalidRequestError where it can't listen.
     """
     controller = ray.remote(Controller).options(
         name=ACTOR_NAME,
@@ -89,38 +131,46 @@ def start_controller(options: GatewayOptions) -> tuple[str, GatewayOptions, str]
     )
     handle = controller.remote(options)
     try:
-        asked = [handle.address.remote(), handle.settings.remote(), handle.page.remote()]
-        address, actual, page = ray.get(asked, timeout=_START_TIMEOUT_S)
-    except (RayTaskError, RayActorError) as error:
+        return _ask(handle)
+    except RayActorError as error:
         # Ray would go on restarting what can't start.
+        ray.kill(handle, no_restart=True)
+        raise InvalidRequestError(
+            f"the gateway could not start on {options.host}:{options.port}: {_last_line(error)}"
+        ) from None
+
+
+def _ask(handle: Any) -> Running:
+    asked = [handle.address.remote(), handle.settings.remote(), handle.page.remote(), handle.warnings.remote()]
+    try:
+        address, actual, page, warnings = ray.get(asked, timeout=_START_TIMEOUT_S)
+    except RayTaskError as error:
+        # It is there, and serves nobody: the next start must not find it.
         ray.kill(handle, no_restart=True)
         cause = getattr(error, "cause", None)
         if isinstance(cause, ShardliftError):
             raise cause from None
-        raise InvalidRequestError(
-            f"the gateway could not start on {options.host}:{options.port}: {_last_line(error)}"
-        ) from None
-    if lacking := options.lacking(actual):
-        raise InvalidRequestError(
-            f"a gateway already runs at {address}, with other settings of {', '.join(lacking)}: run `shardlift down` "
-            "first, which leaves the models of a cluster, or leave them out"
-        )
-    return str(address), actual, str(page)
+        raise InvalidRequestError(f"the gateway could not start: {_last_line(error)}") from None
+    except (ActorUnavailableError, GetTimeoutError) as error:
+        raise GatewayUnavailableError(f"this cluster's gateway does not answer: {_last_line(error)}") from None
+    return Running(address=str(address), options=actual, page=str(page), warnings=warnings, handle=handle)
 
 
-def stop_controller(*, unload: bool) -> bool:
-    """Stops this cluster's gateway; False if there was none."""
+def stop_controller(*, unload: bool) -> str | None:
+    """Stops this cluster's gateway; gives the address that it was asked to serve at, None if there was none."""
     try:
         handle: Any = ray.get_actor(ACTOR_NAME, namespace=NAMESPACE)
     except ValueError:
-        return False
+        return None
+    address = "where it did not say"
     try:
         settings: GatewayOptions = ray.get(handle.settings.remote(), timeout=_STOP_TIMEOUT_S)
+        address = f"{settings.host}:{settings.port}"
         ray.get(handle.shutdown.remote(unload), timeout=settings.grace_s + _STOP_TIMEOUT_S)
     except RayError as error:
         logger.warning("the gateway did not stop by itself: %s", one_line(error, 200))
     ray.kill(handle, no_restart=True)
-    return True
+    return address
 
 
 def _last_line(error: Exception) -> str:

@@ -1,11 +1,15 @@
 """`python -m shardlift.cluster.down`: stops the local instance that the instance file names.
 
 A Ray of its own goes, with the models on it. On a cluster that it had joined only the gateway goes: the models stay,
-and the next gateway finds them.
+and the next gateway finds them. With --ray-address it is the gateway of that cluster, whatever the file names.
+
+Prints one JSON line: {}, or with --ray-address {"address", "ray_address"}, the former null where no gateway was; or
+{"error", "message"} and exits with 1.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import logging
@@ -13,8 +17,9 @@ import os
 import signal
 import sys
 import time
+from typing import Any
 
-from ..proto.v1.errors import InternalError
+from ..proto.v1.errors import GatewayUnavailableError, InternalError, one_line
 from ..proto.v1.status import to_error
 from .instance_file import is_ours, read_instance
 
@@ -44,6 +49,14 @@ def stop_instance() -> None:
 
 
 def _leave(ray_address: str) -> None:
+    # A cluster that has gone has taken the gateway with it.
+    with contextlib.suppress(GatewayUnavailableError):
+        stop_gateway(ray_address)
+
+
+def stop_gateway(ray_address: str) -> dict[str, Any]:
+    """Stops the gateway of the cluster at `ray_address`, and says where both were. Raises GatewayUnavailableError where
+    no cluster is."""
     import ray
 
     from .controller import stop_controller
@@ -51,23 +64,30 @@ def _leave(ray_address: str) -> None:
 
     try:
         ray.init(address=ray_address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError):
-        # The cluster has gone, and the gateway with it.
-        return
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise GatewayUnavailableError(f"no Ray cluster answers at {ray_address}: {one_line(error, 300)}") from None
     try:
-        stop_controller(unload=False)
+        return {"address": stop_controller(unload=False), "ray_address": ray.get_runtime_context().gcs_address}
     finally:
         ray.shutdown()
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="shardlift.cluster.down", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="accepted for symmetry: the output is always JSON")
+    parser.add_argument("--ray-address")
+    options = parser.parse_args()
+    answer: dict[str, Any] = {}
     try:
-        stop_instance()
+        if options.ray_address:
+            answer = stop_gateway(options.ray_address)
+        else:
+            stop_instance()
     except Exception as error:
         ours = to_error(error)
         print(json.dumps({"error": type(ours).__name__, "message": str(ours)}))
         return 1
-    print(json.dumps({}))
+    print(json.dumps(answer))
     return 0
 
 

@@ -23,7 +23,7 @@ from ..proto.v1.wire import MAX_CALLS, SERVER_OPTIONS
 from ..worker import metrics, tracing
 from ..worker.tensors import from_message, ids_message
 from . import node_caches, relay, saving
-from .auth import OnlyHealthChecks, TokenInterceptor, read_token
+from .auth import OnlyHealthChecks, TokenInterceptor, is_token, read_token
 from .calls import Call
 from .doctor.cluster import diagnose
 from .gateway_options import GRACE_S, GatewayOptions
@@ -48,8 +48,10 @@ class Gateway:
         self._underway = Underway()
         self.registry = Registry(self._changed, options)
         self.lookout = Lookout(self.registry)
-        token = read_token(options.token_file)
+        token = self._token = read_token(options.token_file)
         self.page = Page(self.lookout, token, options.tls)
+        # What whoever starts it should know, one line each.
+        self.warnings: list[str] = []
         self._exporting: asyncio.Task[None] | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined] # missing in grpc-stubs
         self._health_tasks: set[Any] = set()
@@ -113,9 +115,14 @@ class Gateway:
             try:
                 await self.page.start(host, gateway_port + 1)
             except InvalidRequestError as error:
+                self.warnings.append(f"there is no page: {error}")
                 logger.warning("there is no page: %s", error)
         elif port >= 0:
             await self.page.start(host, port)
+
+    def has_token(self, salt: bytes, print_: bytes) -> bool:
+        """Whether it wants the token that `print_` is the fingerprint of."""
+        return is_token(self._token, salt, print_)
 
     async def stop(self, *, unload: bool, grace_s: float = GRACE_S) -> None:
         """Takes no more work at once, lets what is under way end within `grace_s`, and then ends the rest of it with

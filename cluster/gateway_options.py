@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..proto.v1.tls import TLS
@@ -34,14 +35,32 @@ class GatewayOptions:
     log: LogSettings = LogSettings()  # noqa: RUF009 - a value
     grace_s: float = GRACE_S
 
-    def lacking(self, actual: GatewayOptions) -> list[str]:
-        """Flags that are asked for here, and that a gateway which runs already has otherwise."""
-        return [
-            flag
-            for flag, asked, has in (
-                ("--tls-cert", self.tls, actual.tls),
-                ("--stage-tls-cert", self.stage_tls, actual.stage_tls),
-                ("--allow-remote-code", self.allow_remote_code, actual.allow_remote_code),
-            )
-            if asked and asked != has
+    def lacking(self, actual: GatewayOptions, explicit: Collection[str] = ()) -> list[str]:
+        """Flags that are asked for here, and that a gateway which runs already has otherwise.
+
+        explicit: fields of where it listens that somebody has asked for: whoever didn't takes any. Port 0 is any, too.
+        """
+        wanted: list[tuple[str, object, object]] = [
+            ("--tls-cert", self.tls, actual.tls),
+            ("--stage-tls-cert", self.stage_tls, actual.stage_tls),
+            ("--allow-remote-code", self.allow_remote_code, actual.allow_remote_code),
         ]
+        if "host" in explicit:
+            wanted.append(("--host", self.host, actual.host))
+        for field in ("port", "health_port"):
+            if field in explicit:
+                wanted.append((f"--{field.replace('_', '-')}", getattr(self, field), getattr(actual, field)))
+        lacking = [flag for flag, asked, has in wanted if asked and asked != has]
+        if "page_port" in explicit and not _is_page(self.page_port, actual):
+            lacking.append("--page-port")
+        return lacking
+
+
+def _is_page(asked: int | None, actual: GatewayOptions) -> bool:
+    """Whether the page is where it is asked for: at any port (0), at none (below), at this one."""
+    port = actual.port + 1 if actual.page_port is None else actual.page_port
+    if asked is None:
+        return True
+    if asked <= 0:
+        return (port >= 0) is (asked == 0)
+    return port == asked

@@ -98,14 +98,18 @@ class Page:
         )
 
     async def _login(self, request: web.Request) -> web.StreamResponse:
-        form = await request.post()
+        try:
+            form = await request.post()
+        except (ValueError, LookupError) as error:
+            # What claims to be of several parts and isn't, or in a character set that nobody knows.
+            raise web.HTTPBadRequest(reason="the form can't be read") from error
         return self._let_in(str(form.get("token", "")), "/")
 
     def _let_in(self, token: str, to: str) -> web.StreamResponse:
         """Sends the browser on with a cookie, or back to the form."""
         if self._token is None or self._cookie is None:
             return _redirect("/")
-        if not hmac.compare_digest(token.strip().encode(), self._token):
+        if not hmac.compare_digest(_bytes(token.strip()), self._token):
             return _redirect("/login#wrong")
         response = _redirect(to)
         secure = self._tls is not None
@@ -134,15 +138,23 @@ class Page:
             return await handler(request)
         except web.HTTPException as error:
             return web.Response(status=error.status, text=f"{error.reason}\n")
+        except Exception:
+            logger.exception("the page failed")
+            return web.Response(status=500, text="the gateway's log says why\n")
 
     def _knows(self, request: web.Request) -> bool:
         assert self._token is not None
         assert self._cookie is not None
-        given = request.headers.get("Authorization", "").encode()
-        cookie = request.cookies.get(COOKIE, "").encode()
+        given = _bytes(request.headers.get("Authorization", ""))
+        cookie = _bytes(request.cookies.get(COOKIE, ""))
         by_header = hmac.compare_digest(given, b"Bearer " + self._token)
         by_cookie = hmac.compare_digest(cookie, self._cookie.encode())
         return by_header or by_cookie
+
+
+def _bytes(text: str) -> bytes:
+    """Of what came in a header or form: bytes that are no UTF-8 stand in it as surrogates."""
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _redirect(to: str) -> web.Response:
@@ -167,31 +179,37 @@ def _names_this_machine(host: str) -> bool:
 
 
 def _server_context(tls: TLS) -> ssl.SSLContext:
-    """Of a server whose certificate is read again for a connection when its file has changed."""
-    assert tls.cert is not None
-
-    def load(context: ssl.SSLContext) -> None:
-        assert tls.cert is not None
-        context.load_cert_chain(tls.cert, tls.key)
+    """Of a server whose files are read again for a connection when they have changed."""
 
     def stamp() -> tuple[int, ...]:
-        return tuple(os.stat(path).st_mtime_ns for path in (tls.cert, tls.key) if path is not None)
+        return tuple(os.stat(path).st_mtime_ns for path in (tls.cert, tls.key, tls.ca) if path is not None)
 
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    load(context)
     seen = [stamp()]
+    listening = _context_of(tls)
+    current = [listening]
 
     def renew(connection: ssl.SSLObject, name: str | None, of: ssl.SSLContext) -> None:
         try:
             if (now := stamp()) != seen[0]:
-                load(of)
+                # Another, whole one: what is read into one that is in use leaves it without a key where it fails.
+                current[0] = _context_of(tls)
                 seen[0] = now
         except (OSError, ssl.SSLError) as error:
             # Half written, perhaps: the old one still stands.
             logger.warning("the page's certificate can't be read again: %s", one_line(error, 200))
+        connection.context = current[0]
 
-    context.sni_callback = renew
+    listening.sni_callback = renew
+    return listening
+
+
+def _context_of(tls: TLS) -> ssl.SSLContext:
+    """As the files are now."""
+    assert tls.cert is not None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # A key that wants a password would ask for it on a terminal.
+    context.load_cert_chain(tls.cert, tls.key, password="")
     if tls.ca is not None:
         context.load_verify_locations(tls.ca)
         context.verify_mode = ssl.CERT_REQUIRED

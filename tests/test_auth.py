@@ -14,8 +14,8 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
-from shardlift.cluster import requests, up
-from shardlift.cluster.auth import TokenInterceptor, is_loopback, keep_token, read_token
+from shardlift.cluster import ports, requests, up
+from shardlift.cluster.auth import TokenInterceptor, fingerprint, is_loopback, is_token, keep_token, read_token
 from shardlift.cluster.gateway_options import GatewayOptions
 from shardlift.cluster.instance_file import home
 from shardlift.proto.v1 import inference_pb2, inference_pb2_grpc, registry_pb2, registry_pb2_grpc
@@ -109,13 +109,9 @@ def test_what_up_makes_of_its_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     authority = Authority(tmp_path / "ca")
     server = authority.issue("server")
     assert up._gateway_options(flags()) == GatewayOptions(port=50051)
-    # Beyond loopback there is a token, whatever else there is.
-    open_ = up._gateway_options(flags("--host", "0.0.0.0", "--allow-remote-code"))
-    assert open_.token_file == str(home() / "token")
-    assert open_.allow_remote_code
+    assert up._gateway_options(flags("--host", "0.0.0.0", "--allow-remote-code")).allow_remote_code
     tls = ("--tls-cert", str(server.cert), "--tls-key", str(server.key))
     options = up._gateway_options(flags("--host", "0.0.0.0", *tls, "--health-port", "7"))
-    assert options.token_file == str(home() / "token")
     assert (options.tls, options.health_host, options.health_port) == (
         TLS(cert=server.cert, key=server.key),
         "0.0.0.0",
@@ -146,6 +142,85 @@ def test_a_gateway_that_runs_is_not_taken_for_one_that_is_safer() -> None:
         "--stage-tls-cert",
         "--allow-remote-code",
     ]
+
+
+def test_beyond_loopback_there_is_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made when a gateway is started, and not before it is known that none runs: looking at flags makes no file."""
+    up._gateway_options(flags("--host", "0.0.0.0"))
+    assert not (home() / "token").exists()
+    assert up._token_file("127.0.0.1") is None
+    assert up._token_file("0.0.0.0") == home() / "token"
+    monkeypatch.setenv("SHARDLIFT_TOKEN", "mine")
+    assert up._token_file("127.0.0.1") == home() / "token"
+    monkeypatch.setenv("SHARDLIFT_TOKEN", "gehörig")
+    with pytest.raises(InvalidRequestError, match="printable ASCII"):
+        up._gateway_options(flags())
+
+
+def test_where_it_listens_counts_where_somebody_asked_for_it() -> None:
+    runs = GatewayOptions(host="0.0.0.0", port=50051, token_file="t", health_port=7)
+    asked = GatewayOptions(port=50060, page_port=8080, health_port=9)
+    assert asked.lacking(runs) == []
+    everything = ("host", "port", "page_port", "health_port")
+    assert asked.lacking(runs, everything) == ["--host", "--port", "--health-port", "--page-port"]
+    assert runs.lacking(runs, everything) == []
+    assert GatewayOptions(host="0.0.0.0").lacking(runs, everything) == [], "port 0 is any"
+    for page, there, same in (
+        (50052, None, True),
+        (0, None, True),
+        (-1, None, False),
+        (-1, -1, True),
+        (0, -1, False),
+        (50052, -1, False),
+        (8080, 8080, True),
+        (50052, 8080, False),
+    ):
+        lacking = GatewayOptions(page_port=page).lacking(GatewayOptions(port=50051, page_port=there), ("page_port",))
+        assert lacking == ([] if same else ["--page-port"]), (page, there)
+
+
+def test_flags_are_asked_for_and_the_environment_is_for_what_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("PORT", "50060"), ("PAGE_PORT", "off")):
+        monkeypatch.setenv(f"SHARDLIFT_{name}", value)
+    options = up._gateway_options(flags())
+    assert (options.port, options.page_port) == (50060, -1)
+    assert up._explicit(flags()) == []
+    assert up._explicit(flags("--host", "::1", "--port", "1", "--page-port", "off")) == ["host", "port", "page_port"]
+    for name, value in (("PORT", "x"), ("PORT", "65536"), ("PAGE_PORT", "of"), ("HEALTH_PORT", "-1")):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"SHARDLIFT_{name}", value)
+            with pytest.raises(InvalidRequestError, match=f"SHARDLIFT_{name}.* is no port"):
+                up._gateway_options(flags())
+
+
+@pytest.mark.parametrize(
+    ("words", "port", "both"),
+    [
+        (("--health-port", "50052"), 50052, ("--page-port", "--health-port")),
+        (("--page-port", "50051"), 50051, ("--port", "--page-port")),
+        (("--port", "7", "--health-port", "7"), 7, ("--port", "--health-port")),
+        (("--page-port", "8080", "--health-port", "8080"), 8080, ("--page-port", "--health-port")),
+    ],
+)
+def test_no_two_ports_are_one(words: tuple[str, ...], port: int, both: tuple[str, str]) -> None:
+    with pytest.raises(InvalidRequestError, match=f"port {port} is wanted by both {both[0]}.* and {both[1]}"):
+        up._gateway_options(flags(*words))
+
+
+def test_ports_that_are_chosen_differ() -> None:
+    tls = TLS(cert="c", key="k")
+    options = ports.with_ports(GatewayOptions(tls=tls))
+    assert len({options.port, options.page_port, options.health_port}) == 3
+    assert min(options.port, options.page_port or 0, options.health_port) > 0
+    assert ports.with_ports(GatewayOptions(port=50051, page_port=-1)) == GatewayOptions(port=50051, page_port=-1)
+
+
+def test_tokens_are_told_apart_and_not_told() -> None:
+    for token, given, same in ((TOKEN, TOKEN, True), (TOKEN, TOKEN + "x", False), (None, TOKEN, False)):
+        print_ = fingerprint(given, b"salt")
+        assert is_token(token, b"salt", print_) is same
+        assert not is_token(token, b"other", print_)
+        assert given.encode() not in print_
 
 
 def test_remote_code_is_the_operators_to_allow() -> None:

@@ -7,6 +7,7 @@ import copy
 import gc
 import json
 import pickle
+import subprocess
 import threading
 import time
 import warnings
@@ -1254,9 +1255,81 @@ def fake_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) ->
 
 
 def test_a_stale_instance_is_forgotten() -> None:
-    path = record_instance("127.0.0.1:1")
+    with subprocess.Popen(["true"]) as ended:
+        ended.wait()
+    path = record_instance("127.0.0.1:1", pid=ended.pid)
     assert instance.find() is None
     assert not path.exists()
+
+
+def test_a_clusters_gateway_that_is_restarted_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no process here that could be seen to be gone. What is asked meanwhile names it, and starts no other."""
+    with ScriptedGateway() as gateway:
+        ready = json.dumps({"address": gateway.address, "ray_address": "a:1"})
+        arguments = fake_python(tmp_path, monkeypatch, f"echo '{ready}'")
+        path = record_instance("127.0.0.1:1")
+        assert instance.find() is None
+        assert path.exists()
+        with pytest.raises(errors.GatewayUnavailableError, match=r"no gateway answers at 127\.0\.0\.1:1"):
+            shardlift.connect(timeout_s=0.2)
+        with pytest.raises(errors.GatewayUnavailableError, match="shardlift down"):
+            instance.find_or_start()
+        assert not arguments.exists(), "no other was started"
+        # Whoever names the cluster joins it anew, and whoever asks for its end forgets it.
+        assert instance.start(ray_address="a:1").address == gateway.address
+        assert instance.find() is not None
+        record_instance("127.0.0.1:1")
+        assert instance.stop() is not None
+        assert not path.exists()
+
+
+def test_what_runs_is_not_taken_for_what_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with ScriptedGateway() as gateway:
+        path = record_instance(gateway.address)
+        assert instance.start(host="127.0.0.1", port=int(gateway.address.rpartition(":")[2])).address == gateway.address
+        assert instance.start(page_port="off").page is None
+        for options, what in (
+            ({"host": "0.0.0.0"}, "another host"),
+            ({"port": 1, "host": "::1"}, "another host and another port"),
+            ({"page_port": "8080"}, "another port of the page"),
+            ({"tls_cert": "x"}, "other flags for TLS"),
+        ):
+            with pytest.raises(errors.InvalidRequestError, match=f"`shardlift down` before {what}"):
+                instance.start(**options)  # type: ignore[arg-type]
+        monkeypatch.setenv("SHARDLIFT_TOKEN", "mine")
+        with pytest.raises(errors.InvalidRequestError, match="before another token"):
+            instance.start()
+        assert instance.find_or_start().address == gateway.address, "there it is what this client sends"
+        token = tmp_path / "token"
+        for kept, same in (("mine", True), ("another", False)):
+            token.write_text(kept)
+            record_instance(gateway.address, token_file=str(token))
+            if same:
+                assert instance.start().token == "mine"
+                continue
+            with pytest.raises(errors.InvalidRequestError, match="before another token") as refused:
+                instance.start()
+            assert kept not in str(refused.value).replace("another token", "")
+        assert path.exists()
+
+
+def test_a_clusters_gateway_is_stopped_without_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = json.dumps({"address": "10.0.0.1:50051", "ray_address": "10.0.0.1:6379"})
+    arguments = fake_python(tmp_path, monkeypatch, f"echo '{said}'")
+    assert instance.stop_on("auto") == "10.0.0.1:50051"
+    assert arguments.read_text() == "-m shardlift.cluster.down --json --ray-address auto\n"
+    path = record_instance("10.0.0.1:50051")
+    instance.stop_on("auto")
+    assert path.exists(), "another cluster's"
+    path.write_text(json.dumps({"address": "10.0.0.1:50051", "pid": None, "ray_address": "10.0.0.1:6379"}))
+    instance.stop_on("auto")
+    assert not path.exists()
+    fake_python(tmp_path, monkeypatch, """echo '{"address": null, "ray_address": "10.0.0.1:6379"}'""")
+    assert instance.stop_on("auto") is None
+    absent = json.dumps({"error": "GatewayUnavailableError", "message": "no Ray cluster answers at auto"})
+    fake_python(tmp_path, monkeypatch, f"echo '{absent}'; exit 1")
+    with pytest.raises(errors.GatewayUnavailableError, match="no Ray cluster answers"):
+        instance.stop_on("auto")
 
 
 def test_a_garbled_instance_file_is_no_instance() -> None:
@@ -1327,7 +1400,7 @@ def test_in_a_ray_job_the_jobs_cluster_is_joined(tmp_path: Path, monkeypatch: py
         arguments = fake_python(tmp_path, monkeypatch, f"echo '{ready}'")
         monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
         started = instance.find_or_start()
-        assert arguments.read_text() == "-m shardlift.cluster.up --json --ray-address 10.0.0.1:6379\n"
+        assert arguments.read_text() == "-m shardlift.cluster.up --json --ray-address 10.0.0.1:6379 --any-token\n"
         assert instance.find_or_start() == started
         assert len(arguments.read_text().splitlines()) == 1
     monkeypatch.delenv("RAY_ADDRESS")

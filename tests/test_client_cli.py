@@ -475,7 +475,19 @@ def test_chat_ends_with_its_input(gateway: ScriptedGateway) -> None:
 
 def test_down_without_an_instance() -> None:
     done = run("down")
-    assert (done.exit_code, done.stdout) == (0, "no local instance is recorded\n")
+    assert done.exit_code == 0
+    assert done.stdout.startswith("no local instance is recorded; a Ray cluster's gateway is stopped with")
+    assert "shardlift down --ray-address" in done.stdout
+    assert json.loads(run("down", "--json").stdout) == {"stopped": False, "address": None}
+
+
+def test_down_on_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = fake_python(tmp_path, monkeypatch, """echo '{"address": "10.0.0.1:50051", "ray_address": "a:1"}'""")
+    assert run("down", "--ray-address", "a:1").stdout == "stopped 10.0.0.1:50051\n"
+    assert (fake / "arguments").read_text() == "-m shardlift.cluster.down --json --ray-address a:1\n"
+    fake_python(tmp_path, monkeypatch, """echo '{"address": null, "ray_address": "a:1"}'""")
+    done = run("down", "--ray-address", "a:1")
+    assert (done.exit_code, done.stdout) == (0, "no gateway runs on the cluster at a:1\n")
 
 
 def test_up_prints_the_address(gateway: ScriptedGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -492,6 +504,18 @@ def test_up_prints_the_address(gateway: ScriptedGateway, tmp_path: Path, monkeyp
         "token_file": None,
         "page": None,
     }
+
+
+def test_up_passes_on_what_it_is_warned_of(
+    gateway: ScriptedGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = ["its token travels in plain text", "there is no page: port 50052 is taken"]
+    ready = json.dumps({"address": gateway.address, "warnings": said})
+    fake_python(tmp_path, monkeypatch, f"echo '{ready}'")
+    done = run("up")
+    assert (done.exit_code, done.stdout) == (0, f"{gateway.address}\n")
+    assert done.stderr == "".join(f"warning: {each}\n" for each in said)
+    assert run("up").stderr == "", "it was told"
 
 
 def test_the_gateways_token_comes_from_a_file(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,19 @@ from ray._private.state import actors
 from ray.cluster_utils import Cluster
 
 import shardlift
+from shardlift.client import doctor as examination
 from shardlift.client.cli.main import cli
 from shardlift.client.nodes import Finding, version_finding
 from shardlift.cluster.doctor import kernels, probes, verdicts
 from shardlift.cluster.doctor.cluster import _examine, _Patient
 from shardlift.cluster.doctor.echo import Counter, measure
 from shardlift.cluster.doctor.seen import Disk, Gpu, Hub, Kernel, Kernels
+from shardlift.cluster.gateway_options import GatewayOptions
 from shardlift.cluster.nodes import Node
+from shardlift.proto.v1.tls import TLS
+from tests.support.certificates import Authority
 from tests.support.cluster import ADDRESSES, RunningCluster, eventually
+from tests.support.gateway import serve
 
 GIB = 1 << 30
 
@@ -274,10 +279,47 @@ def test_a_machine_by_itself() -> None:
 
 def test_a_gateway_that_is_not_there() -> None:
     findings: list[Finding] = []
-    from shardlift.client import doctor as examination
-
     findings += examination.gateway_and_nodes("127.0.0.1:9", None, 5)
     assert [(each.check, each.verdict) for each in findings] == [("gateway", "fail")]
+
+
+def test_the_way_to_the_gateway() -> None:
+    def verdict(where: str) -> str | None:
+        finding = examination._transport(where)
+        return None if finding is None else finding.verdict
+
+    assert verdict("grpcs://10.0.0.1:50051") == verdict("grpcs://127.0.0.1:50051") == "ok"
+    assert verdict("grpc://10.0.0.1:50051") == "ok", "it says itself that plain text is meant"
+    assert verdict("127.0.0.1:50051") is None
+    assert verdict("10.0.0.1:50051") == "warn"
+    warned = examination._transport("10.0.0.1:50051")
+    assert warned is not None
+    assert "grpcs://10.0.0.1:50051" in warned.remedy
+
+
+async def test_a_gateway_with_tls_and_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def no_nodes(*_: object) -> AsyncIterator[list[Finding]]:
+        """Ray's part."""
+        return
+        yield []
+
+    monkeypatch.setattr("shardlift.cluster.gateway.diagnose", no_nodes)
+    server = Authority(tmp_path).issue("server")
+    monkeypatch.setenv("SHARDLIFT_TLS_CA", str(server.ca))
+    (tmp_path / "token").write_text("the-token")
+
+    async def checks(address: str, token: str | None) -> dict[str, str]:
+        found = await asyncio.to_thread(lambda: list(examination.gateway_and_nodes(address, token, 5)))
+        return {each.check: each.verdict for each in found}
+
+    secured = GatewayOptions(tls=TLS(cert=server.cert, key=server.key), token_file=str(tmp_path / "token"))
+    async with serve(secured) as address:
+        well = {"transport": "ok", "gateway": "ok", "token": "ok", "gateway-version": "ok"}
+        assert await checks(address, "the-token") == well
+        for wrong in ("another", None):
+            assert await checks(address, wrong) == {"transport": "ok", "gateway": "ok", "token": "fail"}
+    async with serve(GatewayOptions()) as address:
+        assert await checks(f"grpc://{address}", None) == {"gateway": "ok", "token": "ok", "gateway-version": "ok"}
 
 
 def test_all_nodes(cluster: RunningCluster) -> None:
@@ -292,6 +334,7 @@ def test_all_nodes(cluster: RunningCluster) -> None:
         assert verdict_of(findings, "hub", node) == {"fail"}, "the cluster's nodes are not told to be offline"
     assert verdict_of(findings, "version-skew") == {"ok"}
     assert verdict_of(findings, "gateway-version") == {"ok"}
+    assert verdict_of(findings, "token") == {"ok"}
     assert verdict_of(findings, "hub") == {"ok"}
     assert [each for each in findings if each["verdict"] != "ok" and not each["remedy"]] == []
     shown = CliRunner().invoke(cli, ["list", "--address", cluster.gateway])

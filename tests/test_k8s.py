@@ -220,6 +220,7 @@ def test_the_gateway_is_where_it_is_looked_for(root: str) -> None:
     # Probes speak no TLS: a port of their own, then.
     probed = int(gateway["command"][gateway["command"].index("--health-port") + 1]) if root in ENCRYPTED else port
     assert (probed == port) is (root not in ENCRYPTED)
+    assert probed != port + 1, "health listens first, and the page would have no port"
     assert [probe["grpc"] for probe in probes] == [{"port": probed}] * len(probes)
     assert "readinessProbe" in gateway
     # With a restartPolicy of Never, a container that is killed is gone for good.
@@ -230,7 +231,8 @@ def test_the_gateway_is_where_it_is_looked_for(root: str) -> None:
     if root != "job":
         exposed = one(root, "Service", "shardlift-gateway")["spec"]["ports"]
         assert [(each["port"], each["targetPort"]) for each in exposed] == [(port, "grpc"), (port + 1, "page")]
-        assert exposed[0]["appProtocol"] == ("https" if root in ENCRYPTED else "kubernetes.io/h2c")
+        spoken = ["https", "https"] if root in ENCRYPTED else ["kubernetes.io/h2c", "http"]
+        assert [each["appProtocol"] for each in exposed] == spoken
         for policy in rendered(root):
             if (policy["kind"], policy["metadata"]["name"]) == ("NetworkPolicy", "shardlift-gateway"):
                 allowed = policy["spec"]["ingress"][0]["ports"]
@@ -529,6 +531,9 @@ def test_the_containers_commands_run(hub: HubServer, smollm2_folder: Path, tmp_p
             return bool(status == health_pb2.HealthCheckResponse.SERVING)
 
         eventually(lambda: serves(""), "the probes' question is not answered", 30)
+        # What `kubectl logs` shows of it.
+        told = "warning: the gateway listens on 0.0.0.0 without TLS: its token travels in plain text"
+        eventually(lambda: told in (tmp_path / "gateway.log").read_text().splitlines(), "it is not warned", 30)
         eventually(
             lambda: "Ray runtime started" in (tmp_path / "worker.log").read_text(), "no node for the stages", 120
         )

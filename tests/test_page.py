@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import ssl
 import time
+import urllib.parse
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,17 @@ import ray
 import torch
 
 import shardlift
+from shardlift.cluster.gateway_options import GatewayOptions
 from shardlift.cluster.lookout import Lookout
 from shardlift.cluster.page import COOKIE, FILES, Page
 from shardlift.proto.v1 import registry_pb2
 from shardlift.proto.v1.errors import InvalidRequestError
+from shardlift.proto.v1.tls import TLS
 from tests.support import checkpoints
 from tests.support.browser import CHROMIUM, Tab, browser_tab, extent, pixels
+from tests.support.certificates import Authority
 from tests.support.cluster import ADDRESSES, RunningCluster
+from tests.support.gateway import started
 from tests.support.quantization import nf4
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)")
@@ -302,6 +309,67 @@ async def test_who_may_look() -> None:
         await page.stop()
 
 
+async def raw(url: str, head: str, body: bytes = b"") -> tuple[int, str]:
+    """Status and whole text of the answer to a request that no client would make."""
+    split = urllib.parse.urlsplit(url)
+    reader, writer = await asyncio.open_connection(split.hostname, split.port)
+    lines = f"{head}\r\nHost: {split.netloc}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    writer.write(lines.encode("latin-1") + body)
+    answer = (await asyncio.wait_for(reader.read(), 10)).decode("latin-1")
+    writer.close()
+    await writer.wait_closed()
+    return int(answer.split()[1]), answer
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "status"),
+    [
+        ("GET /state HTTP/1.1\r\nAuthorization: Bearer \xff\xfe", b"", 401),
+        ("GET /state HTTP/1.1\r\nAuthorization: Bearer geh\xc3\xb6rig", b"", 401),
+        (f"GET /state HTTP/1.1\r\nCookie: {COOKIE}=\xff", b"", 401),
+        (f'GET /state HTTP/1.1\r\nCookie: {COOKIE}="\\377"', b"", 401),
+        ("GET /?token=%FF%ED%A0%80 HTTP/1.1", b"", 303),
+        ("POST /login HTTP/1.1\r\nContent-Type: multipart/form-data", b"token=x", 400),
+        ("POST /login HTTP/1.1\r\nContent-Type: multipart/form-data; boundary=x", b"nothing of the kind", 400),
+        ("POST /login HTTP/1.1\r\nContent-Type: multipart/form-data; boundary=x", b"--x\r\n\r\nno name\r\n--x--", 400),
+        ("POST /login HTTP/1.1\r\nContent-Type: application/x-www-form-urlencoded; charset=bogus", b"token=x", 400),
+        ("POST /login HTTP/1.1\r\nContent-Type: application/x-www-form-urlencoded", b"token=\xff", 400),
+        ("POST /login HTTP/1.1\r\nContent-Type: application/x-www-form-urlencoded", b"token=%FF", 303),
+        ("POST /login HTTP/1.1\r\nContent-Type: image/png", b"token=x", 303),
+    ],
+)
+async def test_what_nobody_means_is_refused_in_order(
+    head: str, body: bytes, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    page = Page(MadeUp(made_up()), "the token")
+    await page.start("127.0.0.1", 0)
+    try:
+        got, answer = await raw(page.url, head, body)
+    finally:
+        await page.stop()
+    assert got == status, answer
+    assert "Content-Security-Policy: default-src 'none'" in answer
+    assert "X-Content-Type-Options: nosniff" in answer
+    assert "Traceback" not in answer
+    assert caplog.text == ""
+
+
+async def test_what_fails_within_is_told_to_the_log_alone(
+    open_page: tuple[Page, MadeUp], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    page, lookout = open_page
+
+    async def broken(model: str = "") -> registry_pb2.ClusterView:
+        raise RuntimeError("a secret of the inside")
+
+    monkeypatch.setattr(lookout, "view", broken)
+    async with aiohttp.ClientSession() as http, http.get(f"{page.url}state") as answer:
+        assert answer.status == 500
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert "secret" not in await answer.text()
+    assert "a secret of the inside" in caplog.text
+
+
 async def test_without_a_token_it_is_for_this_machine_alone(open_page: tuple[Page, MadeUp]) -> None:
     page, _ = open_page
     async with aiohttp.ClientSession() as http:
@@ -315,6 +383,122 @@ async def test_a_port_that_is_taken_is_told(open_page: tuple[Page, MadeUp]) -> N
     page, lookout = open_page
     with pytest.raises(InvalidRequestError, match="another program has it; choose another with --page-port"):
         await Page(lookout, None).start("127.0.0.1", int(page.url.rstrip("/").rpartition(":")[2]))
+
+
+async def test_a_gateway_whose_page_has_no_port_says_so() -> None:
+    """What `up` then tells; it serves all the same."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        async with started(GatewayOptions(port=port - 1)) as (gateway, address):
+            assert address == f"127.0.0.1:{port - 1}"
+            assert gateway.page.url == ""
+            (said,) = gateway.warnings
+            assert said.startswith(f"there is no page: port {port} of 127.0.0.1 can't be listened on")
+            assert said.endswith("choose another with --page-port")
+    async with started(GatewayOptions(page_port=0)) as (gateway, _):
+        assert gateway.page.url
+        assert gateway.warnings == []
+
+
+# -- over TLS ---------------------------------------------------------------------------------------------------------
+
+
+def browser_of(authority: Authority, own: TLS | None = None) -> ssl.SSLContext:
+    """A client that believes `authority`, with its `own` certificate if it has one."""
+    context = ssl.create_default_context(cafile=authority.file)
+    if own is not None:
+        assert own.cert is not None
+        context.load_cert_chain(own.cert, own.key)
+    return context
+
+
+async def status_of(url: str, context: ssl.SSLContext) -> int:
+    async with (
+        aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as http,
+        http.get(f"{url}state", ssl=context, headers={"Authorization": "Bearer the token"}) as answer,
+    ):
+        return answer.status
+
+
+async def shown(url: str, context: ssl.SSLContext) -> bytes:
+    """The certificate that a new connection is shown."""
+    split = urllib.parse.urlsplit(url)
+    _, writer = await asyncio.open_connection(split.hostname, split.port, ssl=context)
+    found: bytes = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    writer.close()
+    await writer.wait_closed()
+    return found
+
+
+def certificate(tls: TLS) -> bytes:
+    assert tls.cert is not None
+    return ssl.PEM_cert_to_DER_cert(Path(tls.cert).read_text())
+
+
+async def test_over_tls_it_shows_the_gateways_certificate(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "ca")
+    server = authority.issue("server")
+    page = Page(MadeUp(made_up()), "the token", TLS(cert=server.cert, key=server.key))
+    url = await page.start("127.0.0.1", 0)
+    try:
+        assert url.startswith("https://127.0.0.1:")
+        assert await status_of(url, browser_of(authority)) == 200
+        assert await shown(url, browser_of(authority)) == certificate(server)
+        with pytest.raises(aiohttp.ClientConnectorCertificateError):
+            await status_of(url, browser_of(Authority(tmp_path / "stranger")))
+        with pytest.raises(aiohttp.ClientError):
+            await status_of(url.replace("https", "http"), browser_of(authority))
+        # The cookie must not leave TLS either.
+        async with (
+            aiohttp.ClientSession() as http,
+            http.get(f"{url}?token=the%20token", ssl=browser_of(authority), allow_redirects=False) as answer,
+        ):
+            assert answer.cookies[COOKIE]["secure"]
+    finally:
+        await page.stop()
+
+
+async def test_a_new_certificate_counts_for_the_next_connection(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    authority = Authority(tmp_path / "ca")
+    server = authority.issue("server")
+    assert server.key is not None
+    page = Page(MadeUp(made_up()), "the token", TLS(cert=server.cert, key=server.key))
+    url = await page.start("127.0.0.1", 0)
+    try:
+        first = certificate(server)
+        assert await shown(url, browser_of(authority)) == first
+        # The key is still another certificate's: the old pair stands. Then it is whole.
+        key = Path(server.key).read_bytes()
+        authority.issue("server")
+        whole = Path(server.key).read_bytes()
+        Path(server.key).write_bytes(key)
+        assert await shown(url, browser_of(authority)) == first
+        assert "can't be read again" in caplog.text
+        Path(server.key).write_bytes(whole)
+        second = certificate(server)
+        assert second != first
+        assert await shown(url, browser_of(authority)) == second
+        assert await status_of(url, browser_of(authority)) == 200
+    finally:
+        await page.stop()
+
+
+async def test_with_clients_certificates_a_browser_needs_one(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "ca")
+    page = Page(MadeUp(made_up()), "the token", authority.issue("server"))
+    url = await page.start("127.0.0.1", 0)
+    try:
+        assert await status_of(url, browser_of(authority, authority.issue("client"))) == 200
+        stranger = Authority(tmp_path / "stranger").issue("client")
+        authority.issue("server")  # for which everything is read anew
+        for own in (None, stranger):
+            with pytest.raises((aiohttp.ClientError, ssl.SSLError)):
+                await status_of(url, browser_of(authority, own))
+        assert await status_of(url, browser_of(authority, authority.issue("client"))) == 200
+    finally:
+        await page.stop()
 
 
 def test_the_files_fetch_nothing_from_elsewhere() -> None:

@@ -7,6 +7,8 @@ import contextlib
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -121,6 +123,36 @@ async def test_what_a_client_is_told(
     assert await ask(misnamed, replace(good, name="elsewhere.example")) == []
     # And whoever was refused has changed nothing for others.
     assert await ask(address, good) == []
+
+
+async def command(*words: str, **environment: str) -> tuple[int, str]:
+    """Exit code and stderr of the command line, in a process of its own."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "shardlift.client.cli.main", *words),
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, **environment},
+    )
+    _, said = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, said.decode()
+
+
+async def test_a_refusal_is_one_line_of_the_command_line(
+    serve: Serve, authority: Authority, stranger: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
+    address = await serve(replace(authority.issue("server"), ca=None))
+    listing = ("list", "--address", address)
+    code, said = await command(*listing, SHARDLIFT_TLS_CA=str(stranger.file))
+    assert code == 1
+    (line,) = said.splitlines()
+    assert line.startswith(f"error: TLS with {address} fails: ")
+    # Whoever wants to hear gRPC's own words does, and processes that are started are as talkative as they were.
+    _, said = await command(*listing, SHARDLIFT_TLS_CA=str(stranger.file), GRPC_VERBOSITY="INFO")
+    assert "Handshake failed" in said
+    program = "import shardlift.client.cli.main, os; assert 'GRPC_VERBOSITY' not in os.environ"
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
 
 
 # ---- both sides ------------------------------------------------------------------------------------------------------

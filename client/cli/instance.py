@@ -82,7 +82,10 @@ def up(
     def tell(what: instance.Instance | ShardliftError) -> None:
         if isinstance(what, ShardliftError):
             click.echo(f"waiting: {one_line(what)}", err=True)
-        elif json_:
+            return
+        for warning in what.warnings:
+            click.echo(f"warning: {one_line(Exception(warning))}", err=True)
+        if json_:
             values = {"address": what.address, "pid": what.pid}
             print_json({**values, "ray_address": what.ray_address, "token_file": what.token_file, "page": what.page})
         else:
@@ -98,11 +101,26 @@ def up(
 
 
 @click.command()
+@click.option(
+    "--ray-address",
+    help="Stop the gateway of this Ray cluster, whoever started it; models stay. [default: the local instance]",
+)
 @as_json
-def down(json_: bool) -> None:
-    """Stops the local instance, and every model on it. Calls that run may go on for the grace that `up` was given."""
-    stopped = instance.stop()
-    if json_:
-        print_json({"stopped": stopped is not None, "address": None if stopped is None else stopped.address})
+def down(ray_address: str | None, json_: bool) -> None:
+    """Stops the local instance, and every model on it; of a cluster that it has joined, the gateway alone.
+
+    Calls that run may go on for the grace that `up` was given.
+    """
+    if ray_address is None:
+        local = instance.stop()
+        address, none = (None if local is None else local.address), f"no local instance is recorded{_ELSEWHERE}"
     else:
-        click.echo("no local instance is recorded" if stopped is None else f"stopped {stopped.address}")
+        address, none = instance.stop_on(ray_address), f"no gateway runs on the cluster at {ray_address}"
+    if json_:
+        print_json({"stopped": address is not None, "address": address})
+    else:
+        click.echo(none if address is None else f"stopped {address}")
+
+
+# A gateway on a cluster is an actor: it may run where nobody here has noted it.
+_ELSEWHERE = "; a Ray cluster's gateway is stopped with `shardlift down --ray-address ADDRESS` (`auto` on its nodes)"

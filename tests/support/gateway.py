@@ -27,13 +27,7 @@ async def serve(
 ) -> AsyncIterator[str]:
     """The address of a gateway that, with `ring`, has the model "model" resident."""
 
-    async def nothing(self: Registry) -> None:
-        """What Ray would have been asked."""
-
-    gateway = Gateway(options)
-    with mock.patch.multiple(Registry, recover=nothing, follow_nodes=nothing):
-        address = await gateway.start()
-    try:
+    async with started(options) as (gateway, address):
         if ring is not None:
             assert specs is not None
             info = registry_pb2.ModelInfo(
@@ -52,6 +46,20 @@ async def serve(
             entry = Entry(info=info, placement=placement, source=own[0].source, resident=resident)
             gateway.registry._entries[NAME] = entry
         yield address
+
+
+@contextlib.asynccontextmanager
+async def started(options: GatewayOptions) -> AsyncIterator[tuple[Gateway, str]]:
+    """A gateway and its address, without a model."""
+
+    async def nothing(self: Registry) -> None:
+        """What Ray would have been asked."""
+
+    gateway = Gateway(options)
+    with mock.patch.multiple(Registry, recover=nothing, follow_nodes=nothing):
+        address = await gateway.start()
+    try:
+        yield gateway, address
     finally:
         await gateway.stop(unload=False)
 
