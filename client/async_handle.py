@@ -198,7 +198,7 @@ class AsyncRemoteModel(DescribedModel):
 
         collected = Collected(wanted, streamer)
         try:
-            async with AsyncGeneration(self._gateway, wanted.request) as running:
+            async with AsyncGeneration(self._gateway, wanted.request, draws=wanted.draws) as running:
                 await running.start()
                 collected.start(running.batch)
                 async for step in running:
@@ -220,12 +220,10 @@ class AsyncRemoteModel(DescribedModel):
         **kwargs: Any,
     ) -> AsyncGeneration:
         """A generation, to iterate over with `async for`: as `RemoteModel.stream`."""
-        return AsyncGeneration(
-            self._gateway,
-            self._streamed(
-                inputs, generation_config, kwargs, prompt, messages, attention_mask, seed, self._choice(adapter)
-            ),
+        asked, draws = self._streamed(
+            inputs, generation_config, kwargs, prompt, messages, attention_mask, seed, self._choice(adapter)
         )
+        return AsyncGeneration(self._gateway, asked, draws=draws)
 
     async def stream_text(self, text: str | Sequence[Mapping[str, str]], **kwargs: Any) -> AsyncIterator[str]:
         """The answer to a prompt, or to messages ({"role", "content"}), piece by piece as it comes."""

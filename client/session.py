@@ -221,8 +221,8 @@ class RemoteSession:
     def _run(self, turn: _Turn, wanted: Wanted, collected: Collected) -> Generator[Answer | Step]:
         """The turn: its answer once it is accepted, then each step."""
         action = self._action(turn)
-        action.generate.CopyFrom(wanted.request)
-        answer = Answer(wanted.request)
+        answer = Answer(wanted.request, draws=wanted.draws)
+        action.generate.CopyFrom(answer.begin())
         over = False
         try:
             self._call.send(action)
@@ -240,11 +240,12 @@ class RemoteSession:
                     yield answer
             answer.feed(None)
             new = torch.cat([turn.new, collected.new_ids], dim=1)
-            mask = torch.cat([turn.mask, self._attended(collected.new_ids, wanted)], dim=1)
+            mask = torch.cat([turn.mask, _attended(collected.new_ids, answer)], dim=1)
             self._take(turn, new, mask, done(response))
             over = True
         finally:
             if not over:
+                answer.abandon()
                 self.close()
 
     def _take(self, turn: _Turn, new: torch.Tensor, mask: torch.Tensor, state: inference_pb2.SessionState) -> None:
@@ -257,15 +258,12 @@ class RemoteSession:
         self._tokens, self._mask = tokens, mask
         self._cached = self._held = state.length
 
-    def _attended(self, new_ids: torch.Tensor, wanted: Wanted) -> torch.Tensor:
-        """Which of a generation's tokens count: those up to the end of their row [R, new]."""
-        chosen = dict(wanted.request.generation)
-        ends = chosen.get("eos_token_id", self._model.generation_config.eos_token_id)
-        if ends is None:
-            return torch.ones_like(new_ids, dtype=torch.bool)
-        numbers = [int(end) for end in ends] if hasattr(ends, "__iter__") else [int(ends)]
-        is_end = torch.isin(new_ids, torch.tensor(numbers, dtype=torch.long))
-        return (is_end.cumsum(dim=1) - is_end.long()) == 0
+
+def _attended(new_ids: torch.Tensor, answer: Answer) -> torch.Tensor:
+    """Which of a generation's tokens count: those up to the end of their row [R, new]."""
+    if len(answer.row_tokens) != len(new_ids):
+        raise InternalError(f"the gateway counts {len(answer.row_tokens)} rows where {len(new_ids)} were generated")
+    return torch.arange(new_ids.shape[1]) < torch.tensor(answer.row_tokens, dtype=torch.long)[:, None]
 
 
 class _Turn:
