@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers.generation.utils import GenerateOutput
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
+    from .async_session import AsyncRemoteSession
+
 
 class AsyncRemoteModel(DescribedModel):
     """A model that is resident in a cluster. As RemoteModel, with coroutines for what asks the gateway.
@@ -232,6 +234,13 @@ class AsyncRemoteModel(DescribedModel):
             async for step in running:
                 if step.text:
                     yield step.text
+
+    def session(self, *, idle_timeout_s: float | None = None, adapter: Adapters = ...) -> AsyncRemoteSession:
+        """A conversation that keeps its keys and values on the workers from turn to turn: as `RemoteModel.session`, for
+        `async with`."""
+        from .async_session import AsyncRemoteSession
+
+        return AsyncRemoteSession(self, self._gateway, idle_timeout_s=idle_timeout_s, adapters=self._choice(adapter))
 
     async def forward(
         self,

@@ -311,9 +311,8 @@ async def _failure(call: Any) -> grpc.aio.AioRpcError | None:
     code, details = await call.code(), await call.details()
     if code is grpc.StatusCode.CANCELLED:
         return None
-    return grpc.aio.AioRpcError(
-        code, await call.initial_metadata(), await call.trailing_metadata(), details, call.debug_error_string()
-    )
+    metadata = await call.initial_metadata(), await call.trailing_metadata()
+    return grpc.aio.AioRpcError(code, *metadata, details, await call.debug_error_string())
 
 
 async def _answers(call: Any) -> AsyncIterator[list[inference_pb2.SessionResponse]]:
