@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 from array import array
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..proto.v1 import inference_pb2
 from ..proto.v1.errors import InternalError, InvalidRequestError
 from ..proto.v1.tensor_pb2 import Tensor
 from ..proto.v1.wire import Assembly
 from .tensors import check_request_size
+
+if TYPE_CHECKING:
+    from .draws import Draws
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,21 +34,39 @@ class Answer:
     last step given: nothing is told twice, and nothing left out.
     """
 
-    def __init__(self, asked: inference_pb2.GenerateRequest) -> None:
+    def __init__(self, asked: inference_pb2.GenerateRequest, *, draws: bool = False) -> None:
+        """draws: from torch's global generator, once `begin` says so."""
         self.batch = 0
         self.prompt_tokens = 0
         self.prompt_ids: list[int] = []
         self.new_tokens = 0
+        self.row_tokens: list[int] = []
         self.finish_reason = ""
         self.accepted = False
         self.finished = False
         self.over = False
         self._asked = asked
+        self._is_drawn = draws
+        self._draws: Draws | None = None
         self._rounds: list[list[int]] = []  # the tokens of each step given
         self._tail_given = False
         self._greeted = False  # by the call that is running
         self._step: inference_pb2.GeneratedStep | None = None
         self._tensors: list[Assembly] = []  # of `_step`, those that lack bytes
+
+    def begin(self) -> inference_pb2.GenerateRequest:
+        """The request to begin with."""
+        if self._is_drawn:
+            from .draws import Draws
+
+            self._draws = Draws(self._asked)
+        return self._asked
+
+    def abandon(self) -> None:
+        """To be called when no more will be fed. An answer of which nothing came has drawn nothing."""
+        draws, self._draws = self._draws, None
+        if draws is not None and not self._rounds:
+            draws.over()
 
     def feed(self, response: inference_pb2.GenerateResponse | None) -> Step | None:
         """Takes the call's next message, or None for its end. Raises InternalError for one that can't come here."""
@@ -71,8 +93,12 @@ class Answer:
                 return self._open(response.step)
             case "finished":
                 self.new_tokens = response.finished.new_tokens
+                self.row_tokens = list(response.finished.row_tokens)
                 self.finish_reason = response.finished.reason
                 self.finished = True
+                draws, self._draws = self._draws, None
+                if draws is not None:
+                    draws.over(response.finished.generator_state)
             case None:
                 pass  # an event that this client is too old to know
             case other:

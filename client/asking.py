@@ -29,8 +29,9 @@ LOCAL = frozenset(
 )
 # … and those that a remote model has no use for.
 _NEVER = frozenset({"inputs_embeds", "encoder_outputs", "labels", "synced_gpus"})
-# Accepted and not sent: tokenizers give the first, and the gateway has a tokenizer of its own.
-_IGNORED = frozenset({"token_type_ids", "tokenizer"})
+# Accepted and not sent: tokenizers give the first, the gateway has a tokenizer of its own, and the last logits alone
+# count, however many are kept.
+_IGNORED = frozenset({"token_type_ids", "tokenizer", "logits_to_keep"})
 # Fields of a GenerationConfig that say where it came from, not what to do.
 _BOOKKEEPING = frozenset({"_from_model_config", "_commit_hash", "_original_object_hash", "transformers_version"})
 

@@ -1,4 +1,4 @@
-"""Forward passes for asyncio. The twin of `forward` and `session_call`."""
+"""Forward passes for asyncio. The twin of `forward`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 from ..proto.v1 import inference_pb2
 from ..proto.v1.errors import InternalError, InvalidRequestError
 from ..proto.v1.wire import Assembly
-from .async_gateway import AsyncGateway, cancel_with, receive
+from .async_gateway import AsyncGateway, receive
+from .async_session_call import AsyncSessionCall
 from .cache import CacheRecord
 from .forward import part
-from .session_call import done, forward_part
 
 
 async def once(gateway: AsyncGateway, asked: inference_pb2.ForwardRequest) -> Assembly:
@@ -40,11 +40,8 @@ class AsyncRemoteCache(CacheRecord):
 
     def __init__(self, gateway: AsyncGateway, model: str) -> None:
         super().__init__()
-        self._gateway = gateway
-        self._model = model
         self._lock = asyncio.Lock()
-        self._call: Any = None
-        self._closed = False
+        self._session = AsyncSessionCall(gateway, model)
 
     def __enter__(self) -> AsyncRemoteCache:
         return self
@@ -57,40 +54,24 @@ class AsyncRemoteCache(CacheRecord):
 
     @property
     def closed(self) -> bool:
-        return self._closed
+        return self._session.closed
 
     def close(self) -> None:
         """Frees the keys and values. Calling it again does nothing."""
-        self._closed = True
-        if self._call is not None:
-            self._call.cancel()
+        self._session.close()
 
     async def step(self, asked: inference_pb2.ForwardRequest) -> Assembly:
         """The logits of one pass. Any failure of it ends the session."""
         async with self._lock:
-            if self._closed:
+            if self.closed:
                 raise InvalidRequestError("this cache is closed: start again from the whole prompt")
             rows, new = asked.input_ids.shape
             action = self._prepared(rows)
             action.forward.CopyFrom(asked)
             try:
-                if self._call is None:
-                    action.model = self._model
-                    self._call = await self._gateway.inference_stream("Session")
-                    cancel_with(self, self._call)
-                with self._gateway.errors():
-                    await self._call.write(action)
-                assembly = Assembly(forward_part(await self._receive(), "logits").logits)
-                while not assembly.complete:
-                    assembly.add(forward_part(await self._receive(), "more").more)
-                self._done(done(await self._receive()), self._length + new, rows)
+                assembly, state = await self._session.forward(action)
+                self._done(state, self._length + new, rows)
             except BaseException:
                 self.close()
                 raise
             return assembly
-
-    async def _receive(self) -> inference_pb2.SessionResponse:
-        response: inference_pb2.SessionResponse | None = await receive(self._gateway, self._call)
-        if response is None:
-            raise InternalError("the gateway ended a session in the middle of an answer")
-        return response

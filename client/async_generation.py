@@ -20,9 +20,9 @@ class AsyncGeneration(Answered, AsyncIterator[Step]):
     cancels the call. A gateway that goes away meanwhile is waited for, and asked to go on behind the last step.
     """
 
-    def __init__(self, gateway: AsyncGateway, asked: inference_pb2.GenerateRequest) -> None:
-        super().__init__(Answer(asked))
-        self._asked = asked
+    def __init__(self, gateway: AsyncGateway, asked: inference_pb2.GenerateRequest, *, draws: bool = False) -> None:
+        """draws: from torch's global generator."""
+        super().__init__(Answer(asked, draws=draws))
         self._closed = False
         self._gateway = gateway
         self._patience = Patience(gateway.retry_s)
@@ -53,12 +53,13 @@ class AsyncGeneration(Answered, AsyncIterator[Step]):
         self._closed = True
         if self._call is not None:
             self._call.cancel()
+        self._answer.abandon()
 
     async def _advance(self) -> Step | None:
         """Takes one message; a step, where that makes one whole."""
         try:
             if self._call is None:
-                await self._begin(self._asked)
+                await self._begin(self._answer.begin())
             try:
                 response = await receive(self._gateway, self._call)
             except GatewayUnavailableError as error:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers.generation.utils import GenerateOutput
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
+    from .async_session import AsyncRemoteSession
+
 
 class AsyncRemoteModel(DescribedModel):
     """A model that is resident in a cluster. As RemoteModel, with coroutines for what asks the gateway.
@@ -198,7 +200,7 @@ class AsyncRemoteModel(DescribedModel):
 
         collected = Collected(wanted, streamer)
         try:
-            async with AsyncGeneration(self._gateway, wanted.request) as running:
+            async with AsyncGeneration(self._gateway, wanted.request, draws=wanted.draws) as running:
                 await running.start()
                 collected.start(running.batch)
                 async for step in running:
@@ -220,12 +222,10 @@ class AsyncRemoteModel(DescribedModel):
         **kwargs: Any,
     ) -> AsyncGeneration:
         """A generation, to iterate over with `async for`: as `RemoteModel.stream`."""
-        return AsyncGeneration(
-            self._gateway,
-            self._streamed(
-                inputs, generation_config, kwargs, prompt, messages, attention_mask, seed, self._choice(adapter)
-            ),
+        asked, draws = self._streamed(
+            inputs, generation_config, kwargs, prompt, messages, attention_mask, seed, self._choice(adapter)
         )
+        return AsyncGeneration(self._gateway, asked, draws=draws)
 
     async def stream_text(self, text: str | Sequence[Mapping[str, str]], **kwargs: Any) -> AsyncIterator[str]:
         """The answer to a prompt, or to messages ({"role", "content"}), piece by piece as it comes."""
@@ -234,6 +234,13 @@ class AsyncRemoteModel(DescribedModel):
             async for step in running:
                 if step.text:
                     yield step.text
+
+    def session(self, *, idle_timeout_s: float | None = None, adapter: Adapters = ...) -> AsyncRemoteSession:
+        """A conversation that keeps its keys and values on the workers from turn to turn: as `RemoteModel.session`, for
+        `async with`."""
+        from .async_session import AsyncRemoteSession
+
+        return AsyncRemoteSession(self, self._gateway, idle_timeout_s=idle_timeout_s, adapters=self._choice(adapter))
 
     async def forward(
         self,

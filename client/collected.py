@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """A request, and the form in which its answer is wanted."""
+    """A request, and the form in which its answer is wanted. draws: from torch's global generator."""
 
     request: inference_pb2.GenerateRequest
     as_dict: bool
+    draws: bool = False
 
     @property
     def prompt(self) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import secrets
+import sys
 from collections.abc import Mapping, Sequence
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
@@ -299,12 +300,13 @@ class DescribedModel:
             attention_mask=attention_mask,
             past=past,
             generation=chosen,
-            seed=self._seed(seed, chosen),
+            seed=seed,
             output_logits=with_logits,
             output_scores=with_scores,
         )
         say(request, adapters)
-        return Wanted(request=request, as_dict=as_dict)
+        draws = seed is None and bool(self._pop(dict(chosen), "do_sample"))
+        return Wanted(request=request, as_dict=as_dict, draws=draws)
 
     def _streamed(
         self,
@@ -316,20 +318,31 @@ class DescribedModel:
         attention_mask: Any,
         seed: int | None,
         adapters: inference_pb2.AdapterChoice | None,
-    ) -> inference_pb2.GenerateRequest:
-        """The request of a generation that is read step by step."""
+    ) -> tuple[inference_pb2.GenerateRequest, bool]:
+        """The request of a generation that is read step by step; whether it draws from torch's global generator."""
+        chosen = self._fields(generation_config, arguments)
+        draws = seed is None and self._is_drawn_here(chosen)
+        if seed is None and not draws:
+            seed = secrets.randbits(63)  # chosen here, it makes the request repeatable after a loss
         request = asking.request(
             self.name,
             input_ids=None if inputs is None else tensors.integers(inputs, "input_ids"),
             prompt=prompt,
             messages=messages,
             attention_mask=attention_mask,
-            generation=self._fields(generation_config, arguments),
-            # Chosen here, it makes the request repeatable after a loss.
-            seed=secrets.randbits(63) if seed is None else seed,
+            generation=chosen,
+            seed=seed,
         )
         say(request, adapters)
-        return request
+        return request, draws
+
+    def _is_drawn_here(self, chosen: Mapping[str, Any]) -> bool:
+        """Whether `chosen` is sampled, by a process that has a generator of torch's."""
+        if "torch" not in sys.modules:
+            return False
+        if chosen.get("do_sample") is None and self._lacks(measured=False):
+            return False  # nobody knows, and streams ask nothing beforehand
+        return bool(self._pop(dict(chosen), "do_sample"))
 
     def _is_stepwise(self, generation_config: Any, local: Mapping[str, Any], arguments: Mapping[str, Any]) -> bool:
         """Whether a generation has to be driven from here, as transformers would decide on its mode."""
@@ -378,15 +391,6 @@ class DescribedModel:
             chosen.pop(name, None)
             return json.loads(self._known().generation_config_json or "{}").get(name)
         return chosen.pop(name)
-
-    def _seed(self, seed: int | None, chosen: Mapping[str, Any]) -> int | None:
-        if seed is not None:
-            return seed
-        if not self._pop(dict(chosen), "do_sample"):
-            return None
-        import torch
-
-        return int(torch.randint(0, 2**63 - 1, ()).item())
 
     def _ids(self, inputs: Any, input_ids: Any) -> Tensor:
         if inputs is not None and input_ids is not None:

@@ -22,12 +22,17 @@ class Generation(Answered, Iterator[Step]):
     gateway that goes away meanwhile is waited for, and asked to go on behind the last step.
     """
 
-    def __init__(self, gateway: Gateway, asked: inference_pb2.GenerateRequest) -> None:
-        super().__init__(Answer(asked))
+    def __init__(self, gateway: Gateway, asked: inference_pb2.GenerateRequest, *, draws: bool = False) -> None:
+        """draws: from torch's global generator."""
+        super().__init__(Answer(asked, draws=draws))
         self._closed = False
         self._gateway = gateway
         self._patience = Patience(gateway.retry_s)
-        self._call = gateway.inference_stream("Generate", asked)
+        try:
+            self._call = gateway.inference_stream("Generate", self._answer.begin())
+        except BaseException:
+            self._answer.abandon()
+            raise
 
     def __enter__(self) -> Generation:
         return self
@@ -43,6 +48,7 @@ class Generation(Answered, Iterator[Step]):
         """Cancels the call where it is still running."""
         self._closed = True
         self._call.cancel()
+        self._answer.abandon()
 
     def start(self) -> None:
         """Returns once the gateway has accepted the prompt. Raises what it refused it with."""

@@ -227,8 +227,10 @@ class RemoteModel(DescribedModel):
         """As transformers' `generate`: ids [batch, length] → ids [batch × num_return_sequences, length + new], on CPU.
 
         Takes tensors, arrays or lists, and as `kwargs` whatever transformers' takes. The workers run greedy search and
-        sampling by themselves, seeded by `seed`; without it by a number drawn from torch's global generator, so that
-        `torch.manual_seed` makes it repeatable. With return_dict_in_generate that gives a GenerateDecoderOnlyOutput
+        sampling by themselves. They draw from torch's global generator, whose state goes there and back: after
+        `torch.manual_seed` the tokens are those of a local model, and so are those of the next call. (Where the last
+        stage is on a GPU: as docs/serving.md says.) `seed` stands for torch.manual_seed, for this call alone. With
+        return_dict_in_generate that gives a GenerateDecoderOnlyOutput
         with sequences, scores and logits (float32 [batch, vocabulary] per step).
 
         What they can't, transformers' own loop runs here, a remote pass per step: beam search, assistants and prompt
@@ -267,7 +269,7 @@ class RemoteModel(DescribedModel):
 
         collected = Collected(wanted, streamer)
         try:
-            with Generation(self._gateway, wanted.request) as running:
+            with Generation(self._gateway, wanted.request, draws=wanted.draws) as running:
                 running.start()
                 collected.start(running.batch)
                 for step in running:
@@ -294,12 +296,10 @@ class RemoteModel(DescribedModel):
         with the checkpoint's own tokenizer and chat template. Needs no torch. What the workers can't run by themselves
         needs `generate`.
         """
-        return Generation(
-            self._gateway,
-            self._streamed(
-                inputs, generation_config, kwargs, prompt, messages, attention_mask, seed, self._choice(adapter)
-            ),
+        asked, draws = self._streamed(
+            inputs, generation_config, kwargs, prompt, messages, attention_mask, seed, self._choice(adapter)
         )
+        return Generation(self._gateway, asked, draws=draws)
 
     def stream_text(self, text: str | Sequence[Mapping[str, str]], **kwargs: Any) -> Iterator[str]:
         """The answer to a prompt, or to messages ({"role", "content"}), piece by piece as it comes."""

@@ -184,6 +184,9 @@ class _Stepwise:
         **kwargs: Any,
     ) -> Any:
         self._stop.check()
+        # Loops hand them on to the model, whose own forward would take no notice.
+        for name in ("tokenizer", "assistant_tokenizer"):
+            kwargs.pop(name, None)
         cached = bool(use_cache) or past_key_values is not None
         asked = forward.request(
             self._remote_name,

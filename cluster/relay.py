@@ -96,9 +96,7 @@ async def generate(
     span: tracing.Span = tracing.OFF,
 ) -> AsyncIterator[inference_pb2.GenerateResponse]:
     """The answers to `request`, each once, whatever happens to the stages."""
-    if not request.HasField("seed"):
-        # Whoever goes on with it must draw the same numbers.
-        request.seed = secrets.randbits(63)
+    _seed(request)
     adapters = registry.adapters(request.model, request.adapters if request.HasField("adapters") else None)
     _say(request, adapters)
     with registry.using(request.model, adapters):
@@ -163,6 +161,12 @@ def _given(request: inference_pb2.GenerateRequest) -> list[list[int]]:
     return tokens
 
 
+def _seed(request: inference_pb2.GenerateRequest) -> None:
+    """Whoever goes on with the request must draw the same numbers."""
+    if not request.HasField("seed") and not request.generator_state:
+        request.seed = secrets.randbits(63)
+
+
 def _say(
     request: inference_pb2.GenerateRequest | inference_pb2.ForwardRequest | inference_pb2.SessionRequest,
     adapters: Sequence[str],
@@ -222,8 +226,8 @@ class SessionRelay:
 
     async def act(self, request: inference_pb2.SessionRequest) -> AsyncIterator[inference_pb2.SessionResponse]:
         """The answers to one action, `done` the last; each once, whatever happens to the stages."""
-        if request.HasField("generate") and not request.generate.HasField("seed"):
-            request.generate.seed = secrets.randbits(63)
+        if request.HasField("generate"):
+            _seed(request.generate)
         self._choose(request)
         steps = _given(request.generate)
         told, rows = 0, 0
@@ -307,9 +311,8 @@ async def _failure(call: Any) -> grpc.aio.AioRpcError | None:
     code, details = await call.code(), await call.details()
     if code is grpc.StatusCode.CANCELLED:
         return None
-    return grpc.aio.AioRpcError(
-        code, await call.initial_metadata(), await call.trailing_metadata(), details, call.debug_error_string()
-    )
+    metadata = await call.initial_metadata(), await call.trailing_metadata()
+    return grpc.aio.AioRpcError(code, *metadata, details, await call.debug_error_string())
 
 
 async def _answers(call: Any) -> AsyncIterator[list[inference_pb2.SessionResponse]]:

@@ -25,7 +25,7 @@ import shardlift
 from shardlift.client import channel, hub_token, instance, jsonable, options
 from shardlift.client.handle import RemoteCache, RemoteModel
 from shardlift.client.values import LoadStarted, LoadWarning, ModelInfo, Plan, StagePlaced, StageProgress
-from shardlift.proto.v1 import errors, inference_pb2, registry_pb2, status, wire
+from shardlift.proto.v1 import errors, generator_state, inference_pb2, registry_pb2, status, wire
 from shardlift.proto.v1.tensor_pb2 import Tensor
 from tests.support.scripted_gateway import ScriptedGateway
 
@@ -700,16 +700,23 @@ def test_no_ids_start_from_bos(gateway: ScriptedGateway, model: RemoteModel) -> 
     assert model.generate().tolist() == [[1, 5]]
 
 
-def test_seed_comes_from_torchs_generator(gateway: ScriptedGateway, model: RemoteModel) -> None:
-    seeds = []
-    for _ in range(2):
-        torch.manual_seed(5)
-        for _ in range(2):
-            gateway.answer("Generate", *answer([[3]]))
-            model.generate([[1, 2]], do_sample=True)
-            seeds.append(gateway.calls[-1].request.seed)
-    assert seeds[:2] == seeds[2:]
-    assert seeds[0] != seeds[1]
+def test_torchs_generator_goes_there_and_back(gateway: ScriptedGateway, model: RemoteModel) -> None:
+    left = torch.Generator().manual_seed(6)
+    torch.rand(3, generator=left)
+    torch.manual_seed(5)
+    before = generator_state.taken_from(torch.default_generator)
+    *told, finished = answer([[3]])
+    finished.finished.generator_state = generator_state.taken_from(left)
+    gateway.answer("Generate", *told, finished)
+    model.generate([[1, 2]], do_sample=True)
+    assert gateway.calls[-1].request.generator_state == before
+    assert not gateway.calls[-1].request.HasField("seed")
+    assert torch.equal(torch.get_rng_state(), left.get_state())
+    # Where the answer breaks off behind a token, what was drawn is not drawn once more.
+    gateway.answer("Generate", *told, error=errors.ModelUnavailableError("stage 1 is gone"))
+    with pytest.raises(errors.ModelUnavailableError):
+        model.generate([[1, 2]], do_sample=True)
+    assert not torch.equal(torch.get_rng_state(), left.get_state())
 
 
 def test_greedy_leaves_torchs_generator_alone(gateway: ScriptedGateway, model: RemoteModel) -> None:
@@ -732,7 +739,7 @@ def test_sampling_by_the_models_own_config_is_seeded(gateway: ScriptedGateway, c
     gateway.answer("GetModel", registry_pb2.GetModelResponse(model=info))
     gateway.answer("Generate", *answer([[3]]))
     client.model("tiny").generate([[1, 2]])
-    assert gateway.calls[-1].request.HasField("seed")
+    assert gateway.calls[-1].request.generator_state
 
 
 def test_generation_config_argument_and_changes(gateway: ScriptedGateway, model: RemoteModel) -> None:

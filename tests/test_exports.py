@@ -98,17 +98,23 @@ def test_client_methods(name: str, client: type) -> None:
 
 def test_both_clients_and_both_handles_can_do_the_same() -> None:
     from shardlift.client.async_handle import AsyncRemoteModel
+    from shardlift.client.async_session import AsyncRemoteSession
     from shardlift.client.handle import RemoteModel
+    from shardlift.client.session import RemoteSession
 
     def public(cls: type) -> set[str]:
         return {name for name in dir(cls) if not name.startswith("_")}
 
     assert public(shardlift.AsyncClient) == public(shardlift.Client)
-    assert public(RemoteModel) - public(AsyncRemoteModel) == {"session"}
-    assert public(AsyncRemoteModel) <= public(RemoteModel)
-    for name in ("generate", "stream", "forward"):
-        ours, theirs = (inspect.signature(getattr(cls, name)) for cls in (AsyncRemoteModel, RemoteModel))
-        assert list(ours.parameters) == list(theirs.parameters)
+    assert public(AsyncRemoteModel) == public(RemoteModel)
+    assert public(AsyncRemoteSession) == public(RemoteSession)
+    for pair, names in (
+        ((AsyncRemoteModel, RemoteModel), ("generate", "stream", "forward", "session")),
+        ((AsyncRemoteSession, RemoteSession), ("generate", "stream", "forward", "rollback")),
+    ):
+        for name in names:
+            ours, theirs = (inspect.signature(getattr(cls, name)) for cls in pair)
+            assert list(ours.parameters) == list(theirs.parameters)
 
 
 @pytest.mark.parametrize(

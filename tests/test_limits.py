@@ -23,7 +23,15 @@ from shardlift.cluster.checkpoint import CheckpointRequest, read_checkpoint
 from shardlift.cluster.config_limits import MOST_LAYERS
 from shardlift.cluster.gateway_options import GatewayOptions
 from shardlift.cluster.planning import ModelOptions, outline_model
-from shardlift.proto.v1 import inference_pb2, inference_pb2_grpc, limits, registry_pb2, registry_pb2_grpc, wire
+from shardlift.proto.v1 import (
+    generator_state,
+    inference_pb2,
+    inference_pb2_grpc,
+    limits,
+    registry_pb2,
+    registry_pb2_grpc,
+    wire,
+)
 from shardlift.proto.v1.errors import (
     CorruptCheckpointError,
     InvalidRequestError,
@@ -117,6 +125,22 @@ EXCESSES: list[tuple[str, str, Request, grpc.StatusCode, str]] = [
         lambda: generate(sequence_bias=[[[1.0], 0.5]] * 8193),
         INVALID,
         "8,193 sequence_bias",
+    ),
+    (
+        "a generator's state",
+        "Generate",
+        lambda: inference_pb2.GenerateRequest(model=gateway.NAME, input_ids=to_message(IDS), generator_state=bytes(9)),
+        INVALID,
+        "generator_state has 9 bytes, not 5,016",
+    ),
+    (
+        "two seeds",
+        "Generate",
+        lambda: inference_pb2.GenerateRequest(
+            model=gateway.NAME, input_ids=to_message(IDS), seed=1, generator_state=bytes(9)
+        ),
+        INVALID,
+        "send one of them",
     ),
     (
         "a prompt",
@@ -474,6 +498,7 @@ def test_the_page_has_the_codes_numbers() -> None:
         ("messages of", [limits.MOST_CHAT_MESSAGES]),
         ("fields of", [limits.MOST_GENERATION_VALUES, limits.MOST_GENERATION_DEPTH]),
         ("`stop_strings`", [limits.MOST_STOP_STRINGS, limits.MOST_STOP_CHARACTERS]),
+        ("`generator_state`", [generator_state.STATE_BYTES]),
         ("`bad_words_ids`", [limits.MOST_TOKEN_LISTS]),
         ("a model's name", [limits.MOST_NAME_CHARACTERS, limits.MOST_PATH_CHARACTERS, limits.MOST_WORD_CHARACTERS]),
         ("`config`", [limits.MOST_JSON_CHARACTERS]),

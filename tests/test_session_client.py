@@ -296,7 +296,9 @@ def said(*events: inference_pb2.GenerateResponse | inference_pb2.SessionState) -
 
 ACCEPTED = inference_pb2.GenerateResponse(accepted=inference_pb2.PromptAccepted(batch=1, prompt_tokens=2))
 STEP = inference_pb2.GenerateResponse(step=inference_pb2.GeneratedStep(token_ids=[3]))
-FINISHED = inference_pb2.GenerateResponse(finished=inference_pb2.GenerationFinished(new_tokens=1, reason="stop"))
+FINISHED = inference_pb2.GenerateResponse(
+    finished=inference_pb2.GenerationFinished(new_tokens=1, reason="stop", row_tokens=[1])
+)
 
 
 @pytest.mark.parametrize(

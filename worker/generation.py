@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..proto.v1.errors import InvalidRequestError, one_line
 from ..proto.v1.limits import MOST_COPIES
+from .draws import Draws
 from .stage import StepInput
 
 # Fields of GenerationConfig that are floating point: a wire format that knows only doubles loses the difference, and
@@ -40,6 +41,8 @@ _FLOAT_FIELDS = frozenset(
         "typical_p",
     }
 )
+# [[ids, bias], …] and [start, factor].
+_PAIRED_FIELDS = frozenset({"sequence_bias", "exponential_decay_length_penalty"})
 _DYNAMIC_CACHES = (None, "dynamic")
 
 
@@ -53,12 +56,22 @@ def normalize_numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
             return [integral(item) for item in value]
         return value
 
-    return {
-        name: float(value)
-        if name in _FLOAT_FIELDS and isinstance(value, (int, float)) and not isinstance(value, bool)
-        else integral(value)
-        for name, value in fields.items()
-    }
+    def normalized(name: str, value: Any) -> Any:
+        if name in _FLOAT_FIELDS:
+            return _floating(value)
+        value = integral(value)
+        if name in _PAIRED_FIELDS and isinstance(value, list):
+            # What goes with ids, or with a start, is a float in transformers.
+            pairs = value if name == "sequence_bias" else [value]
+            pairs = [[*each[:-1], _floating(each[-1])] if isinstance(each, list) and each else each for each in pairs]
+            return pairs if name == "sequence_bias" else pairs[0]
+        return value
+
+    return {name: normalized(name, value) for name, value in fields.items()}
+
+
+def _floating(value: Any) -> Any:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,15 +111,16 @@ class Decoding:
         attention_mask: torch.Tensor | None,
         fields: Mapping[str, Any],
         *,
-        seed: int | None,
+        draws: Callable[[torch.device], Draws],
         output_logits: bool = False,
         output_scores: bool = False,
         past: int = 0,
-        tokenizer: Callable[[], Any] | None = None,
+        stop: StoppingCriteria | None = None,
     ) -> None:
         """`input_ids` and `attention_mask`: int64 [rows, length]; `fields`: of GenerationConfig, as a user gives them.
 
-        past: so many of the first positions are cached already. tokenizer: gives the one that stop strings need.
+        draws: makes what is drawn from, where something is. past: so many of the first positions are cached already.
+        stop: what `stops` makes of the stop strings, which are looked at nowhere else.
 
         Raises InvalidRequestError for what transformers refuses, and for decoding methods other than greedy search
         and sampling.
@@ -123,10 +137,10 @@ class Decoding:
         arguments["cache_implementation"] = None
         if attention_mask is not None:
             arguments["attention_mask"] = attention_mask.to(device)
-        if arguments.get("stop_strings") or (tokenizer and getattr(model.generation_config, "stop_strings", None)):
-            if tokenizer is None:
-                raise InvalidRequestError("stop_strings need the checkpoint's tokenizer, which isn't at hand here")
-            arguments["tokenizer"] = tokenizer()
+        # Nor the model's own, for which it would want a tokenizer.
+        arguments["stop_strings"] = None
+        if stop is not None:
+            arguments["stopping_criteria"] = StoppingCriteriaList([stop])
         try:
             with torch.inference_mode():
                 prepared = model.generate(input_ids.to(device), custom_generate=_Prepared, **arguments)
@@ -152,13 +166,8 @@ class Decoding:
         self._unfinished = torch.ones(self._input_ids.shape[0], dtype=torch.long, device=device)
         self._running = self._input_ids.shape[0]
         self._has_eos = any(hasattr(criterion, "eos_token_id") for criterion in self._criteria)
-        self._random: torch.Generator | None = None
-        if self._config.do_sample:
-            self._random = torch.Generator(device=device)
-            if seed is None:
-                self._random.seed()
-            else:
-                self._random.manual_seed(seed)
+        self._draws = draws(device) if self._config.do_sample else None
+        self._row_tokens = torch.zeros_like(self._unfinished)
         self.prompt_tokens = self._input_ids.shape[1]
 
     @property
@@ -181,6 +190,17 @@ class Decoding:
     @property
     def new_tokens(self) -> int:
         return self._input_ids.shape[1] - self.prompt_tokens
+
+    @property
+    def row_tokens(self) -> list[int]:
+        """New tokens of each row, without the padding of rows that had ended."""
+        counts: list[int] = self._row_tokens.tolist()
+        return counts
+
+    @property
+    def generator_state(self) -> bytes:
+        """The client's generator as it was left; nothing where it gave none, or nothing is drawn."""
+        return b"" if self._draws is None else self._draws.state
 
     @property
     def stopped_early(self) -> bool:
@@ -213,11 +233,10 @@ class Decoding:
         """Takes the tokens [rows] of a step that was made before, as `advance` would have chosen them."""
         with torch.inference_mode():
             tokens = tokens.to(self._input_ids.device)
-            if self._random is not None:
+            if self._draws is not None:
                 # As many numbers as the choice took.
                 shape = (self._input_ids.shape[0], self._model.config.get_text_config(decoder=True).vocab_size)
-                even = torch.ones(shape, dtype=torch.float32, device=tokens.device)
-                torch.multinomial(even, num_samples=1, generator=self._random)
+                self._draws.draw(torch.ones(shape, dtype=torch.float32, device=tokens.device))
             outputs = CausalLMOutputWithPast(logits=None)
             self._kwargs = self._model._update_model_kwargs_for_generation(outputs, self._kwargs)
             self._append(tokens)
@@ -265,12 +284,12 @@ class Decoding:
                 scores = self._processors(self._input_ids, raw)
             except _USERS_FAULT as error:
                 raise InvalidRequestError(f"generate can't do as asked: {one_line(error)}") from error
-            if self._random is not None:
+            if self._draws is not None:
                 probabilities = torch.nn.functional.softmax(scores, dim=-1)
                 # On CUDA, drawing from these would be an assertion on the device, which ends every session on it.
                 if not bool(torch.isfinite(probabilities).all()):
                     raise InvalidRequestError("the probabilities to draw from are not finite: raise the temperature")
-                tokens = torch.multinomial(probabilities, num_samples=1, generator=self._random).squeeze(1)
+                tokens = self._draws.draw(probabilities)
             else:
                 tokens = torch.argmax(scores, dim=-1)
             if self._has_eos:
@@ -287,6 +306,7 @@ class Decoding:
 
     def _append(self, tokens: torch.Tensor) -> None:
         self._input_ids = torch.cat([self._input_ids, tokens[:, None]], dim=-1)
+        self._row_tokens += self._unfinished
         self._unfinished = self._unfinished & ~self._criteria(self._input_ids, None)
         self._running = sum(self._unfinished.tolist())
 

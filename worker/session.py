@@ -20,8 +20,10 @@ from google.protobuf.json_format import MessageToDict
 from ..proto.v1 import inference_pb2, limits
 from ..proto.v1.errors import InvalidRequestError
 from ..proto.v1.tensor_pb2 import Tensor
+from . import stops
 from .account import Account
 from .admission import Ticket
+from .draws import Draws
 from .generation import Decoding, Forward
 from .links import StepKey
 from .metrics import ServingNumbers
@@ -228,7 +230,12 @@ class RingSession:
             self._ticket.reserve(self.length * self.rows)
             account.end(outcome)
         yield inference_pb2.GenerateResponse(
-            finished=inference_pb2.GenerationFinished(new_tokens=decoding.new_tokens, reason=outcome)
+            finished=inference_pb2.GenerationFinished(
+                new_tokens=decoding.new_tokens,
+                reason=outcome,
+                generator_state=decoding.generator_state,
+                row_tokens=decoding.row_tokens,
+            )
         )
 
     async def _decoding(self, request: inference_pb2.GenerateRequest) -> Decoding:
@@ -247,17 +254,25 @@ class RingSession:
                 f"attention_mask has shape {list(mask.shape)}; past and new tokens need {list(input_ids.shape)}"
             )
         model = self._pipeline.stage.model
+        fields = MessageToDict(request.generation)
+        strings = stops.asked(fields, model.generation_config)
+        # Of a large vocabulary it takes its time, in which others' steps are computed.
+        stop = await asyncio.to_thread(stops.criterion, strings, self._tokenizer) if strings else None
         decoding: Decoding = await self.compute(
             lambda: Decoding(
                 model,
                 input_ids,
                 mask,
-                MessageToDict(request.generation),
-                seed=request.seed if request.HasField("seed") else None,
+                fields,
+                draws=partial(
+                    Draws,
+                    seed=request.seed if request.HasField("seed") else None,
+                    state=request.generator_state,
+                ),
                 output_logits=request.output_logits,
                 output_scores=request.output_scores,
                 past=self.length,
-                tokenizer=self._tokenizer,
+                stop=stop,
             )
         )
         if past is not None and (decoding.rows != self.rows or not decoding.use_cache):

@@ -26,7 +26,7 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from shardlift.proto.v1 import tensor_pb2 as shardlift_dot_proto_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"shardlift/proto/v1/inference.proto\x12\x0cshardlift.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fshardlift/proto/v1/tensor.proto\"\x97\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12)\n\tinput_ids\x18\x02 \x01(\x0b\x32\x14.shardlift.v1.TensorH\x00\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12\x32\n\x0c\x63onversation\x18\x04 \x01(\x0b\x32\x1a.shardlift.v1.ConversationH\x00\x12,\n\x0e\x61ttention_mask\x18\x05 \x01(\x0b\x32\x14.shardlift.v1.Tensor\x12+\n\ngeneration\x18\x06 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x01\x88\x01\x01\x12\x15\n\routput_logits\x18\x08 \x01(\x08\x12\x15\n\routput_scores\x18\t \x01(\x08\x12\'\n\tgenerated\x18\n \x01(\x0b\x32\x14.shardlift.v1.Tensor\x12-\n\x08\x61\x64\x61pters\x18\x14 \x01(\x0b\x32\x1b.shardlift.v1.AdapterChoiceB\x07\n\x05inputB\x07\n\x05_seed\"\x1e\n\rAdapterChoice\x12\r\n\x05names\x18\x01 \x03(\t\";\n\x0c\x43onversation\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.shardlift.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xc0\x01\n\x10GenerateResponse\x12\x30\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1c.shardlift.v1.PromptAcceptedH\x00\x12+\n\x04step\x18\x02 \x01(\x0b\x32\x1b.shardlift.v1.GeneratedStepH\x00\x12\x34\n\x08\x66inished\x18\x03 \x01(\x0b\x32 .shardlift.v1.GenerationFinishedH\x00\x12\x0e\n\x04more\x18\x04 \x01(\x0cH\x00\x42\x07\n\x05\x65vent\"J\n\x0ePromptAccepted\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\r\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x12\n\nprompt_ids\x18\x03 \x03(\x03\"|\n\rGeneratedStep\x12\x11\n\ttoken_ids\x18\x01 \x03(\x03\x12\x0c\n\x04text\x18\x02 \x01(\t\x12$\n\x06logits\x18\x03 \x01(\x0b\x32\x14.shardlift.v1.Tensor\x12$\n\x06scores\x18\x04 \x01(\x0b\x32\x14.shardlift.v1.Tensor\"8\n\x12GenerationFinished\x12\x12\n\nnew_tokens\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xa8\x02\n\x0e\x46orwardRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\tinput_ids\x18\x02 \x01(\x0b\x32\x14.shardlift.v1.Tensor\x12,\n\x0e\x61ttention_mask\x18\x03 \x01(\x0b\x32\x14.shardlift.v1.Tensor\x12*\n\x0cposition_ids\x18\x04 \x01(\x0b\x32\x14.shardlift.v1.Tensor\x12\x16\n\x0elogits_to_keep\x18\x05 \x01(\r\x12\x11\n\tuse_cache\x18\x06 \x01(\x08\x12\x16\n\x0ewithout_logits\x18\x07 \x01(\x08\x12\x12\n\none_by_one\x18\x08 \x01(\x08\x12-\n\x08\x61\x64\x61pters\x18\x14 \x01(\x0b\x32\x1b.shardlift.v1.AdapterChoice\"\xfe\x01\n\x0eSessionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0eidle_timeout_s\x18\x02 \x01(\x01\x12\x11\n\x04keep\x18\x03 \x01(\x04H\x01\x88\x01\x01\x12\x0c\n\x04rows\x18\x04 \x03(\r\x12/\n\x07\x66orward\x18\x05 \x01(\x0b\x32\x1c.shardlift.v1.ForwardRequestH\x00\x12\x31\n\x08generate\x18\x06 \x01(\x0b\x32\x1d.shardlift.v1.GenerateRequestH\x00\x12-\n\x08\x61\x64\x61pters\x18\x14 \x01(\x0b\x32\x1b.shardlift.v1.AdapterChoiceB\x08\n\x06\x61\x63tionB\x07\n\x05_keep\"\xac\x01\n\x0fSessionResponse\x12\x30\n\x07\x66orward\x18\x01 \x01(\x0b\x32\x1d.shardlift.v1.ForwardResponseH\x00\x12\x32\n\x08generate\x18\x02 \x01(\x0b\x32\x1e.shardlift.v1.GenerateResponseH\x00\x12*\n\x04\x64one\x18\x03 \x01(\x0b\x32\x1a.shardlift.v1.SessionStateH\x00\x42\x07\n\x05\x65vent\",\n\x0cSessionState\x12\x0e\n\x06length\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\r\"Q\n\x0f\x46orwardResponse\x12&\n\x06logits\x18\x01 \x01(\x0b\x32\x14.shardlift.v1.TensorH\x00\x12\x0e\n\x04more\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part2\xf7\x01\n\x10InferenceService\x12K\n\x08Generate\x12\x1d.shardlift.v1.GenerateRequest\x1a\x1e.shardlift.v1.GenerateResponse0\x01\x12J\n\x07\x46orward\x12\x1c.shardlift.v1.ForwardRequest\x1a\x1d.shardlift.v1.ForwardResponse(\x01\x30\x01\x12J\n\x07Session\x12\x1c.shardlift.v1.SessionRequest\x1a\x1d.shardlift.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"shardlift/proto/v1/inference.proto\x12\x0cshardlift.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fshardlift/proto/v1/tensor.proto\"\xb0\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12)\n\tinput_ids\x18\x02 \x01(\x0b\x32\x14.shardlift.v1.TensorH\x00\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12\x32\n\x0c\x63onversation\x18\x04 \x01(\x0b\x32\x1a.shardlift.v1.ConversationH\x00\x12,\n\x0e\x61ttention_mask\x18\x05 \x01(\x0b\x32\x14.shardlift.v1.Tensor\x12+\n\ngeneration\x18\x06 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x01\x88\x01\x01\x12\x15\n\routput_logits\x18\x08 \x01(\x08\x12\x15\n\routput_scores\x18\t \x01(\x08\x12\'\n\tgenerated\x18\n \x01(\x0b\x32\x14.shardlift.v1.Tensor\x12\x17\n\x0fgenerator_state\x18\x0b \x01(\x0c\x12-\n\x08\x61\x64\x61pters\x18\x14 \x01(\x0b\x32\x1b.shardlift.v1.AdapterChoiceB\x07\n\x05inputB\x07\n\x05_seed\"\x1e\n\rAdapterChoice\x12\r\n\x05names\x18\x01 \x03(\t\";\n\x0c\x43onversation\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.shardlift.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xc0\x01\n\x10GenerateResponse\x12\x30\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1c.shardlift.v1.PromptAcceptedH\x00\x12+\n\x04step\x18\x02 \x01(\x0b\x32\x1b.shardlift.v1.GeneratedStepH\x00\x12\x34\n\x08\x66inished\x18\x03 \x01(\x0b\x32 .shardlift.v1.GenerationFinishedH\x00\x12\x0e\n\x04more\x18\x04 \x01(\x0cH\x00\x42\x07\n\x05\x65vent\"J\n\x0ePromptAccepted\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\r\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x12\n\nprompt_ids\x18\x03 \x03(\x03\"|\n\rGeneratedStep\x12\x11\n\ttoken_ids\x18\x01 \x03(\x03\x12\x0c\n\x04text\x18\x02 \x01(\t\x12$\n\x06logits\x18\x03 \x01(\x0b\x32\x14.shardlift.v1.Tensor\x12$\n\x06scores\x18\x04 \x01(\x0b\x32\x14.shardlift.v1.Tensor\"e\n\x12GenerationFinished\x12\x12\n\nnew_tokens\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x17\n\x0fgenerator_state\x18\x03 \x01(\x0c\x12\x12\n\nrow_tokens\x18\x04 \x03(\r\"\xa8\x02\n\x0e\x46orwardRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\tinput_ids\x18\x02 \x01(\x0b\x32\x14.shardlift.v1.Tensor\x12,\n\x0e\x61ttention_mask\x18\x03 \x01(\x0b\x32\x14.shardlift.v1.Tensor\x12*\n\x0cposition_ids\x18\x04 \x01(\x0b\x32\x14.shardlift.v1.Tensor\x12\x16\n\x0elogits_to_keep\x18\x05 \x01(\r\x12\x11\n\tuse_cache\x18\x06 \x01(\x08\x12\x16\n\x0ewithout_logits\x18\x07 \x01(\x08\x12\x12\n\none_by_one\x18\x08 \x01(\x08\x12-\n\x08\x61\x64\x61pters\x18\x14 \x01(\x0b\x32\x1b.shardlift.v1.AdapterChoice\"\xfe\x01\n\x0eSessionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0eidle_timeout_s\x18\x02 \x01(\x01\x12\x11\n\x04keep\x18\x03 \x01(\x04H\x01\x88\x01\x01\x12\x0c\n\x04rows\x18\x04 \x03(\r\x12/\n\x07\x66orward\x18\x05 \x01(\x0b\x32\x1c.shardlift.v1.ForwardRequestH\x00\x12\x31\n\x08generate\x18\x06 \x01(\x0b\x32\x1d.shardlift.v1.GenerateRequestH\x00\x12-\n\x08\x61\x64\x61pters\x18\x14 \x01(\x0b\x32\x1b.shardlift.v1.AdapterChoiceB\x08\n\x06\x61\x63tionB\x07\n\x05_keep\"\xac\x01\n\x0fSessionResponse\x12\x30\n\x07\x66orward\x18\x01 \x01(\x0b\x32\x1d.shardlift.v1.ForwardResponseH\x00\x12\x32\n\x08generate\x18\x02 \x01(\x0b\x32\x1e.shardlift.v1.GenerateResponseH\x00\x12*\n\x04\x64one\x18\x03 \x01(\x0b\x32\x1a.shardlift.v1.SessionStateH\x00\x42\x07\n\x05\x65vent\",\n\x0cSessionState\x12\x0e\n\x06length\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\r\"Q\n\x0f\x46orwardResponse\x12&\n\x06logits\x18\x01 \x01(\x0b\x32\x14.shardlift.v1.TensorH\x00\x12\x0e\n\x04more\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part2\xf7\x01\n\x10InferenceService\x12K\n\x08Generate\x12\x1d.shardlift.v1.GenerateRequest\x1a\x1e.shardlift.v1.GenerateResponse0\x01\x12J\n\x07\x46orward\x12\x1c.shardlift.v1.ForwardRequest\x1a\x1d.shardlift.v1.ForwardResponse(\x01\x30\x01\x12J\n\x07Session\x12\x1c.shardlift.v1.SessionRequest\x1a\x1d.shardlift.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,31 +34,31 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shardlift.proto.v1.inferenc
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=116
-  _globals['_GENERATEREQUEST']._serialized_end=523
-  _globals['_ADAPTERCHOICE']._serialized_start=525
-  _globals['_ADAPTERCHOICE']._serialized_end=555
-  _globals['_CONVERSATION']._serialized_start=557
-  _globals['_CONVERSATION']._serialized_end=616
-  _globals['_CHATMESSAGE']._serialized_start=618
-  _globals['_CHATMESSAGE']._serialized_end=662
-  _globals['_GENERATERESPONSE']._serialized_start=665
-  _globals['_GENERATERESPONSE']._serialized_end=857
-  _globals['_PROMPTACCEPTED']._serialized_start=859
-  _globals['_PROMPTACCEPTED']._serialized_end=933
-  _globals['_GENERATEDSTEP']._serialized_start=935
-  _globals['_GENERATEDSTEP']._serialized_end=1059
-  _globals['_GENERATIONFINISHED']._serialized_start=1061
-  _globals['_GENERATIONFINISHED']._serialized_end=1117
-  _globals['_FORWARDREQUEST']._serialized_start=1120
-  _globals['_FORWARDREQUEST']._serialized_end=1416
-  _globals['_SESSIONREQUEST']._serialized_start=1419
-  _globals['_SESSIONREQUEST']._serialized_end=1673
-  _globals['_SESSIONRESPONSE']._serialized_start=1676
-  _globals['_SESSIONRESPONSE']._serialized_end=1848
-  _globals['_SESSIONSTATE']._serialized_start=1850
-  _globals['_SESSIONSTATE']._serialized_end=1894
-  _globals['_FORWARDRESPONSE']._serialized_start=1896
-  _globals['_FORWARDRESPONSE']._serialized_end=1977
-  _globals['_INFERENCESERVICE']._serialized_start=1980
-  _globals['_INFERENCESERVICE']._serialized_end=2227
+  _globals['_GENERATEREQUEST']._serialized_end=548
+  _globals['_ADAPTERCHOICE']._serialized_start=550
+  _globals['_ADAPTERCHOICE']._serialized_end=580
+  _globals['_CONVERSATION']._serialized_start=582
+  _globals['_CONVERSATION']._serialized_end=641
+  _globals['_CHATMESSAGE']._serialized_start=643
+  _globals['_CHATMESSAGE']._serialized_end=687
+  _globals['_GENERATERESPONSE']._serialized_start=690
+  _globals['_GENERATERESPONSE']._serialized_end=882
+  _globals['_PROMPTACCEPTED']._serialized_start=884
+  _globals['_PROMPTACCEPTED']._serialized_end=958
+  _globals['_GENERATEDSTEP']._serialized_start=960
+  _globals['_GENERATEDSTEP']._serialized_end=1084
+  _globals['_GENERATIONFINISHED']._serialized_start=1086
+  _globals['_GENERATIONFINISHED']._serialized_end=1187
+  _globals['_FORWARDREQUEST']._serialized_start=1190
+  _globals['_FORWARDREQUEST']._serialized_end=1486
+  _globals['_SESSIONREQUEST']._serialized_start=1489
+  _globals['_SESSIONREQUEST']._serialized_end=1743
+  _globals['_SESSIONRESPONSE']._serialized_start=1746
+  _globals['_SESSIONRESPONSE']._serialized_end=1918
+  _globals['_SESSIONSTATE']._serialized_start=1920
+  _globals['_SESSIONSTATE']._serialized_end=1964
+  _globals['_FORWARDRESPONSE']._serialized_start=1966
+  _globals['_FORWARDRESPONSE']._serialized_end=2047
+  _globals['_INFERENCESERVICE']._serialized_start=2050
+  _globals['_INFERENCESERVICE']._serialized_end=2297
 # @@protoc_insertion_point(module_scope)

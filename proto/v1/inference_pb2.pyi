@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "input_ids", "prompt", "conversation", "attention_mask", "generation", "seed", "output_logits", "output_scores", "generated", "adapters")
+    __slots__ = ("model", "input_ids", "prompt", "conversation", "attention_mask", "generation", "seed", "output_logits", "output_scores", "generated", "generator_state", "adapters")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUT_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -20,6 +20,7 @@ class GenerateRequest(_message.Message):
     OUTPUT_LOGITS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_SCORES_FIELD_NUMBER: _ClassVar[int]
     GENERATED_FIELD_NUMBER: _ClassVar[int]
+    GENERATOR_STATE_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     model: str
     input_ids: _tensor_pb2.Tensor
@@ -31,8 +32,9 @@ class GenerateRequest(_message.Message):
     output_logits: bool
     output_scores: bool
     generated: _tensor_pb2.Tensor
+    generator_state: bytes
     adapters: AdapterChoice
-    def __init__(self, model: _Optional[str] = ..., input_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., prompt: _Optional[str] = ..., conversation: _Optional[_Union[Conversation, _Mapping]] = ..., attention_mask: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., generation: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., seed: _Optional[int] = ..., output_logits: _Optional[bool] = ..., output_scores: _Optional[bool] = ..., generated: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., adapters: _Optional[_Union[AdapterChoice, _Mapping]] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., input_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., prompt: _Optional[str] = ..., conversation: _Optional[_Union[Conversation, _Mapping]] = ..., attention_mask: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., generation: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., seed: _Optional[int] = ..., output_logits: _Optional[bool] = ..., output_scores: _Optional[bool] = ..., generated: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., generator_state: _Optional[bytes] = ..., adapters: _Optional[_Union[AdapterChoice, _Mapping]] = ...) -> None: ...
 
 class AdapterChoice(_message.Message):
     __slots__ = ("names",)
@@ -89,12 +91,16 @@ class GeneratedStep(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., logits: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., scores: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class GenerationFinished(_message.Message):
-    __slots__ = ("new_tokens", "reason")
+    __slots__ = ("new_tokens", "reason", "generator_state", "row_tokens")
     NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    GENERATOR_STATE_FIELD_NUMBER: _ClassVar[int]
+    ROW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     new_tokens: int
     reason: str
-    def __init__(self, new_tokens: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    generator_state: bytes
+    row_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, new_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., generator_state: _Optional[bytes] = ..., row_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
     __slots__ = ("model", "input_ids", "attention_mask", "position_ids", "logits_to_keep", "use_cache", "without_logits", "one_by_one", "adapters")

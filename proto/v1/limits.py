@@ -10,7 +10,7 @@ from math import prod
 
 from google.protobuf import struct_pb2
 
-from . import inference_pb2, registry_pb2, saving_pb2
+from . import generator_state, inference_pb2, registry_pb2, saving_pb2
 from .errors import InvalidRequestError
 from .tensor_pb2 import Tensor
 from .wire import MAX_TENSOR_BYTES
@@ -68,6 +68,10 @@ def check_generate(request: inference_pb2.GenerateRequest) -> None:
         _at_most("characters in the conversation", total, MOST_PROMPT_CHARACTERS, "shorten it")
     _check_generation(request.generation, rows, length)
     _check_adapters(request.adapters)
+    if request.generator_state:
+        if request.HasField("seed"):
+            raise InvalidRequestError("seed and generator_state say the same thing: send one of them")
+        generator_state.check(request.generator_state)
 
 
 def _check_adapters(choice: inference_pb2.AdapterChoice) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import filelock
 import torch
 import transformers
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 _SMOLLM2_FOLDER = "SmolLM2-135M-Instruct"
@@ -643,6 +643,24 @@ def tiny(
         _perturb_vectors(model)
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
+
+
+def byte_tokenizer(folder: Path | None = None, size: int = 256) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of single bytes, those that the vocabulary of `size` has room for; saved into `folder`, if given."""
+    special = ("<pad>", "<s>", "</s>", "<unk>")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[: size - len(special)]
+    vocabulary = {token: index for index, token in enumerate([*special, *letters])}
+    bytes_alone = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_alone.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bytes_alone,
+        padding_side="left",
+        **dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), special, strict=True)),
+    )
+    if folder is not None:
+        tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def tiny_with_images(model_type: str, folder: Path, *, layers: int = 4) -> Path:

@@ -18,7 +18,16 @@ import transformers
 from google.protobuf.json_format import MessageToDict
 from grpc_health.v1 import health, health_pb2_grpc
 
-from shardlift.proto.v1 import errors, inference_pb2, inference_pb2_grpc, registry_pb2, registry_pb2_grpc, status, wire
+from shardlift.proto.v1 import (
+    errors,
+    generator_state,
+    inference_pb2,
+    inference_pb2_grpc,
+    registry_pb2,
+    registry_pb2_grpc,
+    status,
+    wire,
+)
 from shardlift.proto.v1.tensor_pb2 import Tensor
 
 NAME = "tiny"
@@ -273,7 +282,10 @@ def _generate(
         for name, value in MessageToDict(request.generation).items()
     }
     with torch.random.fork_rng():
-        torch.manual_seed(request.seed)
+        if request.generator_state:
+            generator_state.put_into(torch.default_generator, request.generator_state)
+        else:
+            torch.manual_seed(request.seed)
         output = model.generate(
             ids,
             attention_mask=_mask(request),
@@ -282,6 +294,7 @@ def _generate(
             output_scores=True,
             **fields,
         )
+        left = generator_state.taken_from(torch.default_generator)
     rows, length = output.sequences.shape
     new = output.sequences[:, ids.shape[1] :]
     given = 0
@@ -303,7 +316,15 @@ def _generate(
                 field.CopyFrom(head)
                 later += rest
         responses += [reply(step=step), *(reply(more=more) for more in later)]
-    responses.append(reply(finished=inference_pb2.GenerationFinished(new_tokens=new.shape[1], reason="length")))
+    ends = fields.get("eos_token_id", model.generation_config.eos_token_id)
+    is_end = torch.isin(new, torch.tensor([] if ends is None else ends, dtype=torch.long))
+    finished = inference_pb2.GenerationFinished(
+        new_tokens=new.shape[1],
+        reason="length",
+        generator_state=left if left != request.generator_state and request.generator_state else b"",
+        row_tokens=((is_end.cumsum(dim=1) - is_end.long()) == 0).sum(dim=1).tolist(),
+    )
+    responses.append(reply(finished=finished))
     return responses, output.sequences
 
 

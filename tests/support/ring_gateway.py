@@ -25,6 +25,7 @@ from shardlift.proto.v1 import registry_pb2
 from shardlift.worker.loader import LoadProgress, load_stage
 from shardlift.worker.quantization import describe_quantization
 from shardlift.worker.spec import LoadReport, StageSpec
+from shardlift.worker.tokenizer import LazyTokenizer
 
 from . import ring
 
@@ -56,7 +57,8 @@ def serving(folder: Path, ends: Sequence[int], **options: Any) -> Iterator[Serve
 
     async def serve() -> None:
         over = asyncio.Event()
-        async with ring.serve([each.stage for each in loaded]) as running:
+        tokenizer = LazyTokenizer(specs[0].source, None).get
+        async with ring.serve([each.stage for each in loaded], tokenizer=tokenizer) as running:
             reports = [
                 LoadReport(
                     address=address,
