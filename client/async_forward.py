@@ -6,16 +6,26 @@ import asyncio
 from typing import Any
 
 from ..proto.v1 import inference_pb2
-from ..proto.v1.errors import InternalError, InvalidRequestError
+from ..proto.v1.errors import GatewayUnavailableError, InternalError, InvalidRequestError
 from ..proto.v1.wire import Assembly
 from .async_gateway import AsyncGateway, cancel_with, receive
 from .cache import CacheRecord
 from .forward import part
+from .patience import Patience
 from .session_call import done, forward_part
 
 
 async def once(gateway: AsyncGateway, asked: inference_pb2.ForwardRequest) -> Assembly:
-    """The logits of one pass that leaves nothing behind."""
+    """The logits of one pass that leaves nothing behind, and so may be asked for again where the gateway is lost."""
+    patience = Patience(gateway.retry_s)
+    while True:
+        try:
+            return await _once(gateway, asked)
+        except GatewayUnavailableError as error:
+            await gateway.wait_for_return(patience, error)
+
+
+async def _once(gateway: AsyncGateway, asked: inference_pb2.ForwardRequest) -> Assembly:
     call = await gateway.inference_stream("Forward")
     try:
         with gateway.errors():
