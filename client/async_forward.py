@@ -6,13 +6,13 @@ import asyncio
 from typing import Any
 
 from ..proto.v1 import inference_pb2
-from ..proto.v1.errors import GatewayUnavailableError, InternalError, InvalidRequestError
+from ..proto.v1.errors import GatewayUnavailableError, InternalError, InvalidRequestError, ShardliftError
 from ..proto.v1.wire import Assembly
 from .async_gateway import AsyncGateway, cancel_with, receive
 from .cache import CacheRecord
 from .forward import part
 from .patience import Patience
-from .session_call import done, forward_part
+from .session_call import done, forward_part, refusal
 
 
 async def once(gateway: AsyncGateway, asked: inference_pb2.ForwardRequest) -> Assembly:
@@ -76,7 +76,7 @@ class AsyncRemoteCache(CacheRecord):
             self._call.cancel()
 
     async def step(self, asked: inference_pb2.ForwardRequest) -> Assembly:
-        """The logits of one pass. Any failure of it ends the session."""
+        """The logits of one pass. Any failure of it ends the session, but for a refusal before anything is computed."""
         async with self._lock:
             if self._closed:
                 raise InvalidRequestError("this cache is closed: start again from the whole prompt")
@@ -94,6 +94,8 @@ class AsyncRemoteCache(CacheRecord):
                 while not assembly.complete:
                     assembly.add(forward_part(await self._receive(), "more").more)
                 self._done(done(await self._receive()), self._length + new, rows)
+            except _RefusedError as error:
+                raise error.reason from None
             except BaseException:
                 self.close()
                 raise
@@ -103,4 +105,14 @@ class AsyncRemoteCache(CacheRecord):
         response: inference_pb2.SessionResponse | None = await receive(self._gateway, self._call)
         if response is None:
             raise InternalError("the gateway ended a session in the middle of an answer")
+        if response.HasField("refused"):
+            raise _RefusedError(refusal(response))
         return response
+
+
+class _RefusedError(Exception):
+    """The session is as it was before."""
+
+    def __init__(self, reason: ShardliftError) -> None:
+        super().__init__(reason)
+        self.reason = reason

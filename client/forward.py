@@ -131,7 +131,7 @@ class RemoteCache(CacheRecord):
         self._session.close()
 
     def step(self, asked: inference_pb2.ForwardRequest) -> Assembly:
-        """The logits of one pass. Any failure of it ends the session."""
+        """The logits of one pass. Any failure of it ends the session, but for a refusal before anything is computed."""
         with self._lock:
             if self.closed:
                 raise InvalidRequestError("this cache is closed: start again from the whole prompt")
@@ -142,6 +142,7 @@ class RemoteCache(CacheRecord):
                 assembly, state = self._session.forward(action)
                 self._done(state, self._length + new, rows)
             except BaseException:
-                self.close()
+                if not self._session.was_refused:
+                    self.close()
                 raise
             return assembly

@@ -11,6 +11,7 @@ import torch
 
 from ..proto.v1 import inference_pb2
 from ..proto.v1.errors import InternalError, InvalidRequestError
+from ..proto.v1.limits import MOST_RESERVED_TOKENS
 from . import asking, forward, tensors
 from .answer import Answer, Step
 from .collected import Collected, Wanted
@@ -27,7 +28,8 @@ class RemoteSession:
     """One sequence per row, which grows turn by turn. Each turn computes what is new in it, and nothing else.
 
     The keys and values are freed by `close()`, by the end of a `with` block, or when nothing refers to it any more.
-    Thread-safe: its turns are taken one after another. Any failure ends it.
+    Thread-safe: its turns are taken one after another. A turn that is refused before anything is computed leaves it as
+    it was; any other failure ends it.
 
     Shapes: R rows, N new ids, L ids so far.
     """
@@ -39,7 +41,13 @@ class RemoteSession:
         *,
         idle_timeout_s: float | None = None,
         adapters: inference_pb2.AdapterChoice | None = None,
+        reserve_tokens: int | None = None,
     ) -> None:
+        if reserve_tokens is not None and not 0 <= reserve_tokens <= MOST_RESERVED_TOKENS:
+            raise InvalidRequestError(
+                f"reserve_tokens={reserve_tokens}: write a number of tokens, {MOST_RESERVED_TOKENS} at most"
+            )
+        self._reserve_tokens = reserve_tokens  # until the workers have heard of it
         self._model = model
         self._adapters = adapters
         self._lock = threading.Lock()
@@ -162,7 +170,7 @@ class RemoteSession:
                 assembly, state = self._call.forward(action)
                 self._take(turn, turn.new, turn.mask, state)
             except BaseException:
-                self.close()
+                self._fail()
                 raise
             return tensors.to_torch(assembly)
 
@@ -216,14 +224,20 @@ class RemoteSession:
     def _action(self, turn: _Turn) -> inference_pb2.SessionRequest:
         if self.closed:
             raise InvalidRequestError("this session is closed: start another one with its tokens")
-        return inference_pb2.SessionRequest(keep=turn.cached if turn.cached < self._held else None)
+        return inference_pb2.SessionRequest(
+            keep=turn.cached if turn.cached < self._held else None, reserve_tokens=self._reserve_tokens
+        )
+
+    def _fail(self) -> None:
+        """Ends the session, unless the turn was refused before it began."""
+        if not self._call.was_refused:
+            self.close()
 
     def _run(self, turn: _Turn, wanted: Wanted, collected: Collected) -> Generator[Answer | Step]:
         """The turn: its answer once it is accepted, then each step."""
         action = self._action(turn)
         action.generate.CopyFrom(wanted.request)
         answer = Answer(wanted.request)
-        over = False
         try:
             self._call.send(action)
             while True:
@@ -242,10 +256,9 @@ class RemoteSession:
             new = torch.cat([turn.new, collected.new_ids], dim=1)
             mask = torch.cat([turn.mask, self._attended(collected.new_ids, wanted)], dim=1)
             self._take(turn, new, mask, done(response))
-            over = True
-        finally:
-            if not over:
-                self.close()
+        except BaseException:  # the end of whoever reads it, too
+            self._fail()
+            raise
 
     def _take(self, turn: _Turn, new: torch.Tensor, mask: torch.Tensor, state: inference_pb2.SessionState) -> None:
         tokens = torch.cat([turn.before, new], dim=1)
@@ -254,6 +267,7 @@ class RemoteSession:
             raise InternalError(
                 f"the session holds {state.length} positions of {state.rows} rows after {list(tokens.shape)} tokens"
             )
+        self._reserve_tokens = None
         self._tokens, self._mask = tokens, mask
         self._cached = self._held = state.length
 

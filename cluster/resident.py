@@ -24,7 +24,7 @@ from ..worker.spec import LoadReport, ModuleBytes, StageSpec
 from ..worker.tokenizer import tokenizer_files
 from ..worker.tracing import OFF, Span
 from . import loads, requests
-from .adapter_room import added, kv_tokens_beside
+from .adapter_room import added, kv_tokens_beside, rooms_beside
 from .adapters import BaseModel, OutlinedAdapter, cuts_of
 from .devices import Device
 from .moves import Need, Shortage, choose
@@ -310,15 +310,19 @@ class Resident:
         info.plan.kv_tokens = self._kv_tokens([], "")
 
     def _kv_tokens(self, more: Sequence[Sequence[int]], name: str) -> int:
+        return kv_tokens_beside(self.info.plan.stages, self._adapter_bytes(more), name)
+
+    def _adapter_bytes(self, more: Sequence[Sequence[int]]) -> list[int]:
+        """What adapters hold on each stage, with `more` of them."""
         sizes = [*(attached.stage_bytes for attached in self.adapters.values()), *more]
-        stages = self.info.plan.stages
-        return kv_tokens_beside(stages, added(sizes, len(stages)), name)
+        return added(sizes, len(self.info.plan.stages))
 
     async def _limit_tokens(self, more: Sequence[Sequence[int]], name: str) -> None:
         """Has the last stage let in what there is room for beside the adapters, and `more` of them."""
         tokens = self._kv_tokens(more, name)
+        rooms = rooms_beside(self.info.plan.stages, self._adapter_bytes(more))
         try:
-            await call(self.placement.workers[-1].limit_tokens.remote(tokens), "the last stage")
+            await call(self.placement.workers[-1].limit_tokens.remote(tokens, rooms), "the last stage")
         except WorkerDiedError:
             if more:
                 raise
