@@ -6,16 +6,26 @@ import asyncio
 from typing import Any
 
 from ..proto.v1 import inference_pb2
-from ..proto.v1.errors import InternalError, InvalidRequestError
+from ..proto.v1.errors import GatewayUnavailableError, InternalError, InvalidRequestError
 from ..proto.v1.wire import Assembly
 from .async_gateway import AsyncGateway, receive
 from .async_session_call import AsyncSessionCall
 from .cache import CacheRecord
 from .forward import part
+from .patience import Patience
 
 
 async def once(gateway: AsyncGateway, asked: inference_pb2.ForwardRequest) -> Assembly:
-    """The logits of one pass that leaves nothing behind."""
+    """The logits of one pass that leaves nothing behind, and so may be asked for again where the gateway is lost."""
+    patience = Patience(gateway.retry_s)
+    while True:
+        try:
+            return await _once(gateway, asked)
+        except GatewayUnavailableError as error:
+            await gateway.wait_for_return(patience, error)
+
+
+async def _once(gateway: AsyncGateway, asked: inference_pb2.ForwardRequest) -> Assembly:
     call = await gateway.inference_stream("Forward")
     try:
         with gateway.errors():
@@ -61,7 +71,7 @@ class AsyncRemoteCache(CacheRecord):
         self._session.close()
 
     async def step(self, asked: inference_pb2.ForwardRequest) -> Assembly:
-        """The logits of one pass. Any failure of it ends the session."""
+        """The logits of one pass. Any failure of it ends the session, but for a refusal before anything is computed."""
         async with self._lock:
             if self.closed:
                 raise InvalidRequestError("this cache is closed: start again from the whole prompt")
@@ -72,6 +82,7 @@ class AsyncRemoteCache(CacheRecord):
                 assembly, state = await self._session.forward(action)
                 self._done(state, self._length + new, rows)
             except BaseException:
-                self.close()
+                if not self._session.was_refused:
+                    self.close()
                 raise
             return assembly

@@ -17,7 +17,7 @@ from ..proto.v1.credentials import failed_handshake
 from ..proto.v1.errors import GatewayUnavailableError, InvalidRequestError
 from ..proto.v1.tls import TLS
 from . import channel
-from .gateway import CALL_TIMEOUT_S, SAFE, Gateway, token_for
+from .gateway import CALL_TIMEOUT_S, SAFE, Gateway, connect_limit_s, token_for
 from .patience import RETRY_S, Patience
 
 _EOF: Any = getattr(grpc.aio, "EOF")  # noqa: B009 - grpc's type stubs lack it
@@ -45,6 +45,7 @@ class AsyncGateway:
         self._metadata = None if token is None else (channel.authorization(token),)
         self._timeout_s = timeout_s
         self._connected = False
+        self._has_answered = False
         self._closed = False
         self._channel: grpc.aio.Channel | None = None
         self._registry: Any = None
@@ -70,16 +71,25 @@ class AsyncGateway:
         return self._blocking
 
     async def connect(self, timeout_s: float | None = None) -> None:
-        """Returns once somebody answers. Raises GatewayUnavailableError after a few seconds."""
-        if self._closed:
-            raise InvalidRequestError("this client is closed: connect again")
-        if self._connected:
-            return
+        """Returns once somebody answers, as `Gateway.connect`."""
+        patience = Patience(connect_limit_s(self._timeout_s, self.retry_s, timeout_s, self._has_answered))
+        while not self._connected or self._closed:
+            if self._closed:
+                raise InvalidRequestError("this client is closed: connect again")
+            try:
+                await self._connect(patience.left_s)
+            except GatewayUnavailableError:
+                # It may have come up, and gone again before it had answered.
+                pause_s = patience.pause_s() if self._has_answered else None
+                if pause_s is None or self._closed:
+                    raise
+                await asyncio.sleep(pause_s)
+
+    async def _connect(self, limit_s: float) -> None:
         if self._channel is None:  # here, for it belongs to the loop that runs
             self._channel = channel.open_async_channel(self.address, self._tls)
             self._registry = registry_pb2_grpc.ModelRegistryServiceStub(self._channel)
             self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
-        limit_s = self._timeout_s if timeout_s is None else min(self._timeout_s, timeout_s)
         health: Any = health_pb2_grpc.HealthStub(self._channel)
         if channel.is_secure(self.address):
             why = await _refusal(health, limit_s)
@@ -90,7 +100,7 @@ class AsyncGateway:
         except grpc.RpcError as error:
             if not channel.is_answer(error, wait=True):
                 raise channel.no_answer(self.address, limit_s, await _refusal(health, channel.REASON_S)) from None
-        self._connected = True
+        self._connected = self._has_answered = True
 
     async def close(self) -> None:
         """Ends the connection and whatever runs over it. Calling it again does nothing."""
@@ -104,7 +114,7 @@ class AsyncGateway:
 
     async def ask(self, method: str, request: Any, timeout_s: float | None = CALL_TIMEOUT_S) -> Any:
         """The registry's answer to `request`. Raises what the gateway raised."""
-        await self.connect()
+        await self.connect(timeout_s)  # nothing is sent before
         patience = Patience(0.0 if method not in SAFE else min(self.retry_s, timeout_s or self.retry_s))
         while True:
             try:

@@ -235,12 +235,20 @@ class AsyncRemoteModel(DescribedModel):
                 if step.text:
                     yield step.text
 
-    def session(self, *, idle_timeout_s: float | None = None, adapter: Adapters = ...) -> AsyncRemoteSession:
+    def session(
+        self, *, idle_timeout_s: float | None = None, adapter: Adapters = ..., reserve_tokens: int | None = None
+    ) -> AsyncRemoteSession:
         """A conversation that keeps its keys and values on the workers from turn to turn: as `RemoteModel.session`, for
         `async with`."""
         from .async_session import AsyncRemoteSession
 
-        return AsyncRemoteSession(self, self._gateway, idle_timeout_s=idle_timeout_s, adapters=self._choice(adapter))
+        return AsyncRemoteSession(
+            self,
+            self._gateway,
+            idle_timeout_s=idle_timeout_s,
+            adapters=self._choice(adapter),
+            reserve_tokens=reserve_tokens,
+        )
 
     async def forward(
         self,

@@ -28,7 +28,8 @@ class AsyncRemoteSession(SessionRecord):
     """As RemoteSession, with coroutines for what asks the gateway.
 
     The keys and values are freed by `close()`, by the end of an `async with` block, or when nothing refers to it any
-    more. Its turns are taken one after another. Any failure, and the cancellation of a turn's task, ends it.
+    more. Its turns are taken one after another. A turn that is refused before anything is computed leaves it as it was;
+    any other failure, and the cancellation of a turn's task, ends it.
     """
 
     def __init__(
@@ -38,8 +39,9 @@ class AsyncRemoteSession(SessionRecord):
         *,
         idle_timeout_s: float | None = None,
         adapters: inference_pb2.AdapterChoice | None = None,
+        reserve_tokens: int | None = None,
     ) -> None:
-        super().__init__(model, adapters)
+        super().__init__(model, adapters, reserve_tokens)
         self._learn = model._learn
         self._lock = asyncio.Lock()
         self._owner: asyncio.Task[Any] | None = None  # the task whose turn it is
@@ -115,7 +117,7 @@ class AsyncRemoteSession(SessionRecord):
                 assembly, state = await self._call.forward(action)
                 self._take(turn, turn.new, turn.mask, state)
             except BaseException:
-                self._call.close()
+                self._fail()
                 raise
             return tensors.to_torch(assembly)
 
@@ -144,7 +146,13 @@ class AsyncRemoteSession(SessionRecord):
             while not running.over:
                 if (event := running.feed(await self._call.receive())) is not None:
                     yield event
+        except BaseException:  # the end of whoever reads it, too
+            self._fail()
+            raise
         finally:
             running.end()
-            if not running.over:
-                self._call.close()
+
+    def _fail(self) -> None:
+        """Ends the session, unless the turn was refused before it began."""
+        if not self._call.was_refused:
+            self._call.close()

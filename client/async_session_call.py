@@ -10,7 +10,7 @@ from ..proto.v1 import inference_pb2
 from ..proto.v1.errors import InternalError, InvalidRequestError, ShardliftError
 from ..proto.v1.wire import Assembly
 from .async_gateway import AsyncGateway, cancel_with, receive
-from .session_call import done, forward_part
+from .session_call import done, forward_part, refusal
 
 
 class AsyncSessionCall:
@@ -24,11 +24,17 @@ class AsyncSessionCall:
         self._model = model
         self._idle_timeout_s = idle_timeout_s or 0.0
         self._call: Any = None
+        self._was_refused = False
         self._closed = False
 
     @property
     def closed(self) -> bool:
         return self._closed
+
+    @property
+    def was_refused(self) -> bool:
+        """Whether the last action was, before anything was computed: the session is what it was before it."""
+        return self._was_refused
 
     def close(self) -> None:
         """Ends the session. Calling it again does nothing."""
@@ -38,6 +44,7 @@ class AsyncSessionCall:
 
     async def send(self, asked: inference_pb2.SessionRequest) -> None:
         """Starts an action. What is never retried: a session that is lost is lost."""
+        self._was_refused = False
         if self._call is None:
             asked.model, asked.idle_timeout_s = self._model, self._idle_timeout_s
             self._call = await self._gateway.inference_stream("Session")
@@ -52,13 +59,16 @@ class AsyncSessionCall:
             raise self._explained(error) from None
 
     async def receive(self) -> inference_pb2.SessionResponse:
-        """The next message of the action's answer."""
+        """The next message of the action's answer. Raises what the action was refused with."""
         try:
             response: inference_pb2.SessionResponse | None = await receive(self._gateway, self._call)
         except (ShardliftError, asyncio.CancelledError) as error:
             raise self._explained(error) from None
         if response is None:
             raise InternalError("the gateway ended a session in the middle of an answer")
+        if response.HasField("refused"):
+            self._was_refused = True
+            raise refusal(response)
         return response
 
     async def forward(self, asked: inference_pb2.SessionRequest) -> tuple[Assembly, inference_pb2.SessionState]:

@@ -26,6 +26,11 @@ class CacheRecord:
         self._rows = 0
         self._keep: int | None = None  # positions, of those that the workers hold
         self._selected: list[int] | None = None  # rows, of those that the workers hold
+        self._reserve: int | None = None  # tokens of all rows
+
+    def reserve(self, tokens: int) -> None:
+        """Has the workers hold room for so many tokens of all rows, from the next pass on, which may be refused it."""
+        self._reserve = tokens
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many positions it holds, padding included."""
@@ -84,7 +89,7 @@ class CacheRecord:
         """The request for an action on `rows` rows, with what is to be done before it."""
         if self._length and rows != self._rows:
             raise InvalidRequestError(f"the cache has {self._rows} rows, but the pass {rows}")
-        return inference_pb2.SessionRequest(keep=self._keep, rows=self._changed_rows())
+        return inference_pb2.SessionRequest(keep=self._keep, rows=self._changed_rows(), reserve_tokens=self._reserve)
 
     def _changed_rows(self) -> list[int]:
         # An empty session has no rows to choose from: the next pass brings its own.
@@ -97,7 +102,7 @@ class CacheRecord:
                 f"the session holds {state.length} positions of {state.rows} rows where {length} of {rows} were due"
             )
         self._length, self._rows = length, rows
-        self._keep = self._selected = None
+        self._keep = self._selected = self._reserve = None
 
 
 def _indices(rows: Any) -> list[int]:

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..proto.v1 import inference_pb2
-from ..proto.v1.errors import InternalError, InvalidRequestError
+from ..proto.v1.errors import GatewayUnavailableError, InternalError, InvalidRequestError
 from ..proto.v1.wire import Assembly
 from . import tensors
 from .adapters import say
 from .cache import CacheRecord
 from .gateway import Gateway
+from .patience import Patience
 from .session_call import SessionCall
 
 if TYPE_CHECKING:
@@ -66,7 +67,16 @@ def output(assembly: Assembly, cache: Any, return_dict: bool | None) -> CausalLM
 
 
 def once(gateway: Gateway, asked: inference_pb2.ForwardRequest) -> Assembly:
-    """The logits of one pass that leaves nothing behind."""
+    """The logits of one pass that leaves nothing behind, and so may be asked for again where the gateway is lost."""
+    patience = Patience(gateway.retry_s)
+    while True:
+        try:
+            return _once(gateway, asked)
+        except GatewayUnavailableError as error:
+            gateway.wait_for_return(patience, error)
+
+
+def _once(gateway: Gateway, asked: inference_pb2.ForwardRequest) -> Assembly:
     call = gateway.inference_stream("Forward", iter([asked]))
     try:
         assembly = Assembly(part(_next(gateway, call), "logits").logits)
@@ -121,7 +131,7 @@ class RemoteCache(CacheRecord):
         self._session.close()
 
     def step(self, asked: inference_pb2.ForwardRequest) -> Assembly:
-        """The logits of one pass. Any failure of it ends the session."""
+        """The logits of one pass. Any failure of it ends the session, but for a refusal before anything is computed."""
         with self._lock:
             if self.closed:
                 raise InvalidRequestError("this cache is closed: start again from the whole prompt")
@@ -132,6 +142,7 @@ class RemoteCache(CacheRecord):
                 assembly, state = self._session.forward(action)
                 self._done(state, self._length + new, rows)
             except BaseException:
-                self.close()
+                if not self._session.was_refused:
+                    self.close()
                 raise
             return assembly

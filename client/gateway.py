@@ -27,9 +27,9 @@ _CLOSE_S = 3.0
 class Gateway:
     """A connection to the gateway at `address` ("host:port"), made when first used.
 
-    A gateway that has answered and then is gone is waited for up to `retry_s` seconds, by what may safely be asked
-    again. Thread-safe. A copy is the same connection. A pickle of it holds the address alone: the token, and the files
-    for TLS, are those of the environment where it is unpickled.
+    A gateway that has answered and then is gone is waited for up to `retry_s` seconds: before anything is sent, and by
+    what may safely be asked again. Thread-safe. A copy is the same connection. A pickle of it holds the address alone:
+    the token, and the files for TLS, are those of the environment where it is unpickled.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Gateway:
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._connected = False
+        self._has_answered = False
         self._closed = False
         self._channel = channel.open_channel(self.address, token, tls)
         self._registry = registry_pb2_grpc.ModelRegistryServiceStub(self._channel)
@@ -61,19 +62,27 @@ class Gateway:
         return self
 
     def connect(self, timeout_s: float | None = None) -> None:
-        """Returns once somebody answers. Raises GatewayUnavailableError after a few seconds."""
+        """Returns once somebody answers. Raises GatewayUnavailableError after a few seconds, and `timeout_s` at most;
+        after `retry_s` where the gateway has answered before, and may be on its way up again."""
         with self._lock:
-            if self._closed:
-                raise InvalidRequestError("this client is closed: connect again")
-            if not self._connected:
-                limit_s = self._timeout_s if timeout_s is None else min(self._timeout_s, timeout_s)
-                channel.wait_ready(self._channel, self.address, limit_s)
-                self._connected = True
+            patience = Patience(connect_limit_s(self._timeout_s, self.retry_s, timeout_s, self._has_answered))
+            while not self._connected or self._closed:
+                if self._closed:
+                    raise InvalidRequestError("this client is closed: connect again")
+                try:
+                    channel.wait_ready(self._channel, self.address, patience.left_s)
+                    self._connected = self._has_answered = True
+                except GatewayUnavailableError:
+                    # It may have come up, and gone again before it had answered.
+                    pause_s = patience.pause_s() if self._has_answered else None
+                    if pause_s is None or self._closed:
+                        raise
+                    time.sleep(pause_s)
 
     def close(self) -> None:
         """Ends the connection and whatever runs over it. Calling it again does nothing."""
-        with self._lock:
-            self._closed = True
+        # Not under the lock, which whoever waits for the gateway holds.
+        self._closed = True
         # In a thread, for grpc waits for ever if Ctrl-C came while it was starting a call; what is then left of the
         # connection ends with the process.
         closing = threading.Thread(target=self._channel.close, name="close-channel", daemon=True)
@@ -82,7 +91,7 @@ class Gateway:
 
     def ask(self, method: str, request: Any, timeout_s: float | None = CALL_TIMEOUT_S) -> Any:
         """The registry's answer to `request`. Raises what the gateway raised."""
-        self.connect()
+        self.connect(timeout_s)  # nothing is sent before
         if method not in SAFE:
             return self._ask(method, request, timeout_s)
         patience = Patience(self.retry_s if timeout_s is None else min(self.retry_s, timeout_s))
@@ -126,6 +135,12 @@ class Gateway:
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 self._connected = False  # it may be on its way up again: the next call waits for it
             raise status.from_rpc_error(error, self.address) from None
+
+
+def connect_limit_s(timeout_s: float, retry_s: float, wanted_s: float | None, has_answered: bool) -> float:
+    """How long to wait for a gateway that isn't connected."""
+    limit_s = max(timeout_s, retry_s) if has_answered else timeout_s
+    return limit_s if wanted_s is None else min(limit_s, wanted_s)
 
 
 def target(address: str | None, token: str | None, *, start: bool, tls: TLS | None = None) -> tuple[str, str | None]:

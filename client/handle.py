@@ -309,15 +309,29 @@ class RemoteModel(DescribedModel):
                 if step.text:
                     yield step.text
 
-    def session(self, *, idle_timeout_s: float | None = None, adapter: Adapters = ...) -> RemoteSession:
+    def session(
+        self,
+        *,
+        idle_timeout_s: float | None = None,
+        adapter: Adapters = ...,
+        reserve_tokens: int | None = None,
+    ) -> RemoteSession:
         """A conversation that keeps its keys and values on the workers from turn to turn.
 
         It ends when it is closed, or nothing has come for `idle_timeout_s` seconds; by default as the model was loaded.
         It keeps the adapters that it begins with: those of `adapter`, or else what the handle has chosen by now.
+        With `reserve_tokens`, its first turn is given room for so many tokens of all its rows, or refused: until it has
+        come to more, nobody can take that from it.
         """
         from .session import RemoteSession
 
-        return RemoteSession(self, self._gateway, idle_timeout_s=idle_timeout_s, adapters=self._choice(adapter))
+        return RemoteSession(
+            self,
+            self._gateway,
+            idle_timeout_s=idle_timeout_s,
+            adapters=self._choice(adapter),
+            reserve_tokens=reserve_tokens,
+        )
 
     def forward(
         self,

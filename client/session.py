@@ -27,7 +27,8 @@ class RemoteSession(SessionRecord):
     """One sequence per row, which grows turn by turn. Each turn computes what is new in it, and nothing else.
 
     The keys and values are freed by `close()`, by the end of a `with` block, or when nothing refers to it any more.
-    Thread-safe: its turns are taken one after another. Any failure ends it.
+    Thread-safe: its turns are taken one after another. A turn that is refused before anything is computed leaves it as
+    it was; any other failure ends it.
 
     Shapes: R rows, N new ids, L ids so far.
     """
@@ -39,8 +40,9 @@ class RemoteSession(SessionRecord):
         *,
         idle_timeout_s: float | None = None,
         adapters: inference_pb2.AdapterChoice | None = None,
+        reserve_tokens: int | None = None,
     ) -> None:
-        super().__init__(model, adapters)
+        super().__init__(model, adapters, reserve_tokens)
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread whose turn it is
         self._call = SessionCall(gateway, model.name, idle_timeout_s)
@@ -123,7 +125,7 @@ class RemoteSession(SessionRecord):
                 assembly, state = self._call.forward(action)
                 self._take(turn, turn.new, turn.mask, state)
             except BaseException:
-                self.close()
+                self._fail()
                 raise
             return tensors.to_torch(assembly)
 
@@ -151,7 +153,13 @@ class RemoteSession(SessionRecord):
             while not running.over:
                 if (event := running.feed(self._call.receive())) is not None:
                     yield event
+        except BaseException:  # the end of whoever reads it, too
+            self._fail()
+            raise
         finally:
             running.end()
-            if not running.over:
-                self.close()
+
+    def _fail(self) -> None:
+        """Ends the session, unless the turn was refused before it began."""
+        if not self._call.was_refused:
+            self.close()

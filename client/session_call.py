@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
-from ..proto.v1 import inference_pb2
+from ..proto.v1 import inference_pb2, status
 from ..proto.v1.errors import InternalError, InvalidRequestError, ShardliftError
 from ..proto.v1.wire import Assembly
 from .gateway import Gateway
@@ -27,12 +27,18 @@ class SessionCall:
         self._idle_timeout_s = idle_timeout_s or 0.0
         self._requests: _Requests = queue.SimpleQueue()
         self._call: Any = None
+        self._was_refused = False
         self._finalizer: weakref.finalize[Any, Any] | None = None
         self._closed = False
 
     @property
     def closed(self) -> bool:
         return self._closed
+
+    @property
+    def was_refused(self) -> bool:
+        """Whether the last action was, before anything was computed: the session is what it was before it."""
+        return self._was_refused
 
     def close(self) -> None:
         """Ends the session. Calling it again does nothing."""
@@ -42,6 +48,7 @@ class SessionCall:
 
     def send(self, asked: inference_pb2.SessionRequest) -> None:
         """Starts an action. What is never retried: a session that is lost is lost."""
+        self._was_refused = False
         if self._call is None:
             asked.model, asked.idle_timeout_s = self._model, self._idle_timeout_s
             self._call = self._gateway.inference_stream("Session", _until_none(self._requests))
@@ -51,7 +58,7 @@ class SessionCall:
         self._requests.put(asked)
 
     def receive(self) -> inference_pb2.SessionResponse:
-        """The next message of the action's answer."""
+        """The next message of the action's answer. Raises what the action was refused with."""
         try:
             with self._gateway.errors():
                 response: inference_pb2.SessionResponse | None = next(self._call, None)
@@ -61,6 +68,9 @@ class SessionCall:
             raise
         if response is None:
             raise InternalError("the gateway ended a session in the middle of an answer")
+        if response.HasField("refused"):
+            self._was_refused = True
+            raise refusal(response)
         return response
 
     def forward(self, asked: inference_pb2.SessionRequest) -> tuple[Assembly, inference_pb2.SessionState]:
@@ -84,6 +94,11 @@ def done(response: inference_pb2.SessionResponse) -> inference_pb2.SessionState:
     if response.WhichOneof("event") != "done":
         raise InternalError("the gateway sent something else in a session where 'done' was due")
     return response.done
+
+
+def refusal(response: inference_pb2.SessionResponse) -> ShardliftError:
+    """What `response` says that the action was refused with, before anything was computed."""
+    return status.from_reason(response.refused.reason, response.refused.message)
 
 
 def _until_none(requests: _Requests) -> Iterator[inference_pb2.SessionRequest]:

@@ -8,6 +8,7 @@ import torch
 
 from ..proto.v1 import inference_pb2
 from ..proto.v1.errors import InternalError, InvalidRequestError
+from ..proto.v1.limits import MOST_RESERVED_TOKENS
 from . import asking, forward, tensors
 from .answer import Answer, Step
 from .collected import Collected, Wanted
@@ -21,7 +22,14 @@ class SessionRecord:
     Shapes: R rows, N new ids, L ids so far.
     """
 
-    def __init__(self, model: DescribedModel, adapters: inference_pb2.AdapterChoice | None) -> None:
+    def __init__(
+        self, model: DescribedModel, adapters: inference_pb2.AdapterChoice | None, reserve_tokens: int | None
+    ) -> None:
+        if reserve_tokens is not None and not 0 <= reserve_tokens <= MOST_RESERVED_TOKENS:
+            raise InvalidRequestError(
+                f"reserve_tokens={reserve_tokens}: write a number of tokens, {MOST_RESERVED_TOKENS} at most"
+            )
+        self._reserve_tokens = reserve_tokens  # until the workers have heard of it
         self._model = model
         self._adapters = adapters
         self._tokens = torch.empty((0, 0), dtype=torch.long)
@@ -61,7 +69,9 @@ class SessionRecord:
     def _action(self, turn: Turn) -> inference_pb2.SessionRequest:
         if self.closed:
             raise InvalidRequestError("this session is closed: start another one with its tokens")
-        return inference_pb2.SessionRequest(keep=turn.cached if turn.cached < self._held else None)
+        return inference_pb2.SessionRequest(
+            keep=turn.cached if turn.cached < self._held else None, reserve_tokens=self._reserve_tokens
+        )
 
     def _forward_action(self, turn: Turn, position_ids: Any) -> inference_pb2.SessionRequest:
         """The request for a pass over a turn's new ids."""
@@ -115,6 +125,7 @@ class SessionRecord:
             raise InternalError(
                 f"the session holds {state.length} positions of {state.rows} rows after {list(tokens.shape)} tokens"
             )
+        self._reserve_tokens = None
         self._tokens, self._mask = tokens, mask
         self._cached = self._held = state.length
 

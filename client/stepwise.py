@@ -145,6 +145,24 @@ class _Stepwise:
         for opened in self._opened:
             opened.close()
 
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        mode: Any,
+        batch_size: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' own, by when it is known how long the sequences may get: room for them is asked for at once."""
+        past = model_kwargs.get("past_key_values")
+        if isinstance(past, RemoteCache):
+            copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            past.reserve(batch_size * copies * int(generation_config.max_length))
+        return super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, mode, batch_size, *args, **kwargs
+        )
+
     def generate(
         self, inputs: Any = None, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
     ) -> Any:

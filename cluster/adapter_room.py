@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import OutOfMemoryError
 from ..worker.byte_sizes import format_size
+from .plan import room_bytes
 
 
 def kv_tokens_beside(stages: Sequence[registry_pb2.StagePlan], adapter_bytes: Sequence[int], name: str) -> int:
@@ -33,6 +34,26 @@ def kv_tokens_beside(stages: Sequence[registry_pb2.StagePlan], adapter_bytes: Se
         if stage.kv_bytes_per_token:
             tokens.append(left // stage.kv_bytes_per_token)
     return min(tokens, default=0)
+
+
+def rooms_beside(stages: Sequence[registry_pb2.StagePlan], adapter_bytes: Sequence[int]) -> list[tuple[int, int]]:
+    """What adapters of so many bytes leave of the stages' rooms (see SessionLimits). Empty where it isn't known."""
+    if not all(stage.capacity_bytes for stage in stages):
+        return []
+    return [
+        (
+            room_bytes(
+                is_gpu=stage.device.startswith("cuda"),
+                capacity_bytes=stage.capacity_bytes,
+                resident_bytes=stage.resident_bytes,
+                workspace_bytes=stage.workspace_bytes,
+                kv_budget_bytes=stage.kv_budget_bytes,
+            )
+            - held_bytes,
+            stage.kv_bytes_per_token,
+        )
+        for stage, held_bytes in zip(stages, adapter_bytes, strict=True)
+    ]
 
 
 def added(sizes: Iterable[Sequence[int]], stages: int) -> list[int]:

@@ -19,12 +19,10 @@ from ..worker.remote_code import ModelCode
 from ..worker.skeleton import KeyMap, ParameterInfo, Skeleton, build_skeleton, parse_config, unmatched_keys
 from ..worker.tensors import dtype_by_name, dtype_name
 from ..worker.unpack import check_package
+from ..worker.workspace import CHUNK_TOKENS, LEAST_BYTES, activation_bytes, inner_size
 from .plan import ModelOutline
 from .sizes import ITEM_BYTES, Item, ModelSizes, Storage, in_4bit, parameter_bytes, serialized_bytes, sum_up
 
-_CHUNK_TOKENS = 512  # of a prompt, at a time
-# Less is lost in what an allocator rounds up to: a small model may fill its device to the last byte.
-_LEAST_WORKSPACE_BYTES = 16 << 20
 _MODEL_DTYPES = ("bfloat16", "float16", "float32", "float64")
 _FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3")
 _UNLISTED = (
@@ -266,16 +264,15 @@ def _workspace_bytes(skeleton: Skeleton, infos: Sequence[ParameterInfo]) -> int:
     """What a stage needs while it computes: activations of one chunk of a prompt, one row's states, and, for a chunk,
     the largest 4-bit weight as it is multiplied with, since bitsandbytes unpacks it whole."""
     config = skeleton.model.config.get_text_config(decoder=True)
-    hidden = config.hidden_size
-    inner = max(getattr(config, "intermediate_size", None) or 0, getattr(config, "n_inner", None) or 0, 4 * hidden)
     item = ITEM_BYTES[dtype_name(skeleton.dtype)]
-    # The residual stream, queries, keys and values, and both halves of a gated inner layer.
-    workspace = _CHUNK_TOKENS * (4 * hidden + 2 * inner) * item + sum(skeleton.state_bytes_per_row())
+    workspace = activation_bytes(CHUNK_TOKENS, config.hidden_size, inner_size(config), item)
+    workspace += sum(skeleton.state_bytes_per_row())
     packed = [prod(info.shape) for info in infos if info.quantized == "4bit"]
     if packed:
         compute_dtype = skeleton.quantizer.quantization_config.bnb_4bit_compute_dtype
         workspace += max(packed) * ITEM_BYTES[dtype_name(compute_dtype)]
-    return workspace if workspace >= _LEAST_WORKSPACE_BYTES else 0
+    # Less is lost in what an allocator rounds up to: a small model may fill its device to the last byte.
+    return workspace if workspace >= LEAST_BYTES else 0
 
 
 def _storage(info: ParameterInfo, skeleton: Skeleton) -> Storage:

@@ -31,7 +31,7 @@ from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import ModelUnavailableError, OutOfMemoryError, ShardliftError, WorkerDiedError, one_line
 from ..worker.actor import StageWorker
 from ..worker.spec import StageSpec
-from . import gpu_ids
+from . import cards, gpu_ids
 from .plan import Plan, PlannedStage
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,19 @@ class Placement:
     seats: list[Seat] = field(default_factory=list)
     # Of stages that are being moved: they load beside the ones in use.
     beside: list[Any] = field(default_factory=list)
+    # What Ray's GCS keeps of the model; b"" where that is not known, or nothing.
+    card: bytes = b""
     _freeing: asyncio.Future[None] | None = None
+
+    @property
+    def load(self) -> str:
+        return f"{self.model}:{self.load_id}"
+
+    async def keep_card(self, card: bytes) -> None:
+        """Has Ray's GCS keep `card`, for the case that all workers go at once. Nothing without a Ray."""
+        if card != self.card and ray.is_initialized():
+            await _blocking(cards.keep, self.load, card)
+            self.card = card
 
     async def free(self) -> None:
         """Stops the workers and gives everything back. Never raises; whoever else calls it waits for the same end."""
@@ -112,6 +124,10 @@ class Placement:
         await asyncio.shield(self._freeing)
 
     async def _free(self) -> None:
+        # Before its workers: a controller that comes after an end in the middle of this must not bring it back.
+        if ray.is_initialized():
+            with contextlib.suppress(Exception):
+                await _blocking(cards.forget, self.load)
         stops = [asyncio.ensure_future(_stop(worker)) for worker in (*self.workers, *self.beside)]
         if stops:
             _, late = await asyncio.wait(stops, timeout=_STOP_TIMEOUT_S)
@@ -267,6 +283,8 @@ async def place_again(spec: StageSpec, card: bytes, placement: Placement) -> Non
     seat = placement.seats[spec.index]
     if not await is_there(seat.node_id):
         raise ModelUnavailableError(f"node {seat.node}, which held stage {spec.index}, left the cluster")
+    if seat.group not in placement.groups:
+        raise ModelUnavailableError(f"Ray has given away what was set aside for stage {spec.index} on {seat.node}")
     await _replace(spec, card, placement)
     coming = asyncio.ensure_future(call(placement.workers[spec.index].device.remote(), f"stage {spec.index}"))
     try:
@@ -459,7 +477,7 @@ async def call(reference: Any, what: str) -> Any:
 
 
 async def find_placements() -> list[Placement]:
-    """Every load of which something still exists, with workers in no particular order."""
+    """Every load of which something still exists, be it its card alone; with workers in no particular order."""
     found: dict[str, Placement] = {}
 
     def of(load: str) -> Placement:
@@ -476,4 +494,6 @@ async def find_placements() -> list[Placement]:
         placement = of(entry["name"].removeprefix(_STAGE_PREFIX).rsplit(":", 1)[0])
         with contextlib.suppress(ValueError):
             placement.workers.append(ray.get_actor(entry["name"], namespace=NAMESPACE))
+    for load, card in (await _blocking(cards.find)).items():
+        of(load).card = card
     return list(found.values())

@@ -21,6 +21,8 @@ _MOST_TOKENS = 1 << 40
 # A cache grows by making a longer one: for a moment a layer has both.
 _KV_PART_OF_GPU = 0.9
 _KV_PART_OF_NODE = 0.25
+# Of what is left then, for as long as a prompt is computed; other models' prompts take theirs from it, too.
+_PROMPT_PART_OF_NODE = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +78,17 @@ class PlannedStage:
     workspace_bytes: int = 0
     kv_bytes: int = 0
     kv_budget_bytes: int = 0
+
+    @property
+    def room_bytes(self) -> int:
+        """As `room_bytes`."""
+        return room_bytes(
+            is_gpu=self.device.kind == "cuda",
+            capacity_bytes=self.device.capacity_bytes,
+            resident_bytes=self.resident_bytes,
+            workspace_bytes=self.workspace_bytes,
+            kv_budget_bytes=self.kv_budget_bytes,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +155,18 @@ class Plan:
             kv_tokens=self.kv_tokens,
             notes=self.outline.notes,
         )
+
+
+def room_bytes(
+    *, is_gpu: bool, capacity_bytes: int, resident_bytes: int, workspace_bytes: int, kv_budget_bytes: int
+) -> int:
+    """What keys, values and the computing of prompts may take together on a stage's device.
+
+    Of a GPU what is set aside for them. Of a node's memory a part of what the plan leaves, too.
+    """
+    set_aside = workspace_bytes + kv_budget_bytes
+    left = 0 if is_gpu else max(0, capacity_bytes - resident_bytes - set_aside)
+    return set_aside + int(left * _PROMPT_PART_OF_NODE)
 
 
 def make_plan(model: str, commit: str, outline: ModelOutline, devices: Sequence[Device], options: PlanOptions) -> Plan:

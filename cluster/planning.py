@@ -104,6 +104,7 @@ class PlannedModel:
             max_waiting=serving.max_waiting,
             kv_tokens=self.plan.kv_tokens,
             idle_timeout_s=serving.idle_timeout_s,
+            rooms=tuple((stage.room_bytes, stage.kv_bytes_per_token) for stage in self.plan.stages),
         )
         specs = []
         for index, stage in enumerate(self.plan.stages):

@@ -300,6 +300,7 @@ class Registry:
             return
         if entry.recovering is None and entry.discarding is None and entry.resident is not None:
             entry.attempt = asyncio.get_running_loop().create_future()
+            self._set_state(entry, registry_pb2.MODEL_STATE_RECOVERING)
             entry.recovering = asyncio.create_task(self._recover_stages(entry, entry.resident, entry.attempt))
 
     async def _recover_stages(self, entry: Entry, resident: Resident, attempt: asyncio.Future[None]) -> None:
@@ -307,7 +308,6 @@ class Registry:
         started, tries, name = time.monotonic(), 0, entry.info.name
         logs.note(model=name, load_id=entry.placement.load_id)
         span = tracing.span("recover", model=name)
-        self._set_state(entry, registry_pb2.MODEL_STATE_RECOVERING)
         self._tell(entry, "stages-lost", "a stage doesn't answer; looking after it")
         lost: set[int] = set()
         try:
@@ -722,7 +722,11 @@ class Registry:
         resident = entry.resident
         assert resident is not None
         self._entries[entry.info.name] = entry
-        self._tell(entry, "found", f"resident on {len(entry.info.plan.stages)} stages since before this gateway")
+        if any(placement.workers):
+            found = f"resident on {len(entry.info.plan.stages)} stages since before this gateway"
+        else:
+            found = "none of its stages answers; they are loaded again"
+        self._tell(entry, "found", found)
         try:
             await resident.settle_adapters()
             await resident.connect()
@@ -734,7 +738,7 @@ class Registry:
         self._on_change(entry.info.name, entry.info.state)
 
     async def _recognize(self, placement: Placement) -> Entry:
-        """The model that these workers hold, of which some may have gone."""
+        """The model that these workers hold, of which some may have gone; or all, where its card is kept."""
         answers = await asyncio.gather(
             *(
                 asyncio.wait_for(call(worker.describe.remote(), "a stage"), _DESCRIBE_TIMEOUT_S)
@@ -743,7 +747,7 @@ class Registry:
             return_exceptions=True,
         )
         stages: dict[int, tuple[Any, StageSpec, LoadReport]] = {}
-        card = registry_pb2.ModelCard()
+        latest = b""
         for worker, answer in zip(placement.workers, answers, strict=True):
             if isinstance(answer, BaseException):
                 await kill(worker)
@@ -754,22 +758,45 @@ class Registry:
                 await kill(worker)  # of a load, or a recovery, that nobody leads to its end
                 continue
             stages[spec.index] = (worker, spec, report)
-            card.ParseFromString(max(bytes_, card.SerializeToString(), key=_recoveries))
-        if not stages or card.info.state != registry_pb2.MODEL_STATE_READY:
+            latest = max(bytes_, latest, key=_recoveries)
+        latest = max(latest, placement.card, key=_recoveries)
+        card = registry_pb2.ModelCard.FromString(latest)
+        if card.info.state != registry_pb2.MODEL_STATE_READY:
             raise ModelUnavailableError("it never became ready")
-        _, some, _ = next(iter(stages.values()))
+        if stages:
+            _, some, _ = next(iter(stages.values()))
+        else:
+            # All of them will be new, and so may be what they share.
+            some = replace(_spec_of(card), secret=secrets.token_urlsafe(32))
         placement.workers = [stages[index][0] if index in stages else None for index in range(some.num_stages)]
         placement.seats = [Seat.of(seat) for seat in card.seats]
         await leave_unused(placement)
         numbers = range(some.num_stages)
-        specs = [stages[index][1] if index in stages else replace(some, index=index) for index in numbers]
+        specs = [
+            stages[index][1]
+            if index in stages
+            else replace(some, index=index, device=_as_seen_by_worker(card.info.plan.stages[index].device))
+            for index in numbers
+        ]
         reports = [stages[index][2] if index in stages else None for index in numbers]
         request = registry_pb2.LoadModelRequest(name=card.info.name, source=card.source, options=card.options)
         token = requests.access_token(card.source)
-        resident = Resident(card.info, request, token, placement, reports, specs)
+        resident = Resident(card.info, request, token, placement, reports, specs, latest)
         attached = [AttachedAdapter.from_json(json.loads(text)) for text in card.adapters_json]
         resident.adapters = {each.spec.name: each for each in attached}
         return Entry(info=card.info, placement=placement, source=some.source, resident=resident)
+
+
+def _spec_of(card: registry_pb2.ModelCard) -> StageSpec:
+    """What the specs of all stages have in common. Raises ModelUnavailableError for a card that doesn't say."""
+    if not card.spec_json:
+        raise ModelUnavailableError("none of its workers is left")
+    return StageSpec.from_json(json.loads(card.spec_json))
+
+
+def _as_seen_by_worker(device: str) -> str:
+    """A stage's device, of which its worker sees no other."""
+    return "cuda:0" if device.startswith("cuda") else "cpu"
 
 
 def _recoveries(card: bytes) -> tuple[bool, int]:

@@ -19,6 +19,7 @@ import grpc.aio
 
 from ..proto.v1 import inference_pb2
 from ..proto.v1.errors import InternalError, InvalidRequestError, ModelUnavailableError, SessionExpiredError
+from ..proto.v1.status import from_reason
 from ..proto.v1.wire import Assembly
 from ..worker import logs, tracing
 from ..worker.service import EPOCH_HEADER, SESSION_HEADER
@@ -193,6 +194,8 @@ class SessionRelay:
         self._idle_timeout_s = idle_timeout_s
         self._history = History()
         self._call: Any = None
+        # What the session holds room for, beyond what it comes to.
+        self._reserved_tokens = 0
         # What the session computes with; None before its first action.
         self._adapters: tuple[str, ...] | None = None
         self._uses = contextlib.ExitStack()
@@ -241,6 +244,8 @@ class SessionRelay:
                     kind = first.WhichOneof("event")
                     if kind == "done":
                         self._remember(request, rows, steps)
+                    elif kind == "refused":
+                        pass  # the session is what it was
                     elif kind == "generate":
                         if first.generate.WhichOneof("event") == "accepted":
                             rows = first.generate.accepted.batch
@@ -257,7 +262,7 @@ class SessionRelay:
                     self._way.progress()
                     for response in responses:
                         yield response
-                    if kind == "done":
+                    if kind in ("done", "refused"):
                         return
             except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
                 failure: BaseException = error
@@ -273,12 +278,16 @@ class SessionRelay:
         if self._call is None:
             route = await self._way.route()
             self._call = route.stub.Session(**self._way.options(route))
-            for past in self._history.replay():
-                action = inference_pb2.SessionRequest(forward=past, idle_timeout_s=self._idle_timeout_s)
+            past = [inference_pb2.SessionRequest(forward=forward) for forward in self._history.replay()]
+            if self._reserved_tokens:
+                past.insert(0, inference_pb2.SessionRequest(reserve_tokens=self._reserved_tokens))
+            for action in past:
+                action.idle_timeout_s = self._idle_timeout_s
                 _say(action, self._adapters or ())
                 await self._call.write(action)
-                async for _ in _answers(self._call):
-                    pass
+                async for answer, *_ in _answers(self._call):
+                    if answer.HasField("refused"):
+                        raise refusal(answer)
         return self._call
 
     def _choose(self, request: inference_pb2.SessionRequest) -> None:
@@ -300,10 +309,17 @@ class SessionRelay:
             self._history.keep(request.keep)
         if request.rows:
             self._history.select(request.rows)
+        if request.HasField("reserve_tokens"):
+            self._reserved_tokens = request.reserve_tokens
         if request.HasField("forward"):
             self._history.add_forward(request.forward)
         elif request.HasField("generate"):
             self._history.add_generation(request.generate, rows, steps)
+
+
+def refusal(response: inference_pb2.SessionResponse) -> Exception:
+    """What a session's action was refused with."""
+    return from_reason(response.refused.reason, response.refused.message)
 
 
 async def _failure(call: Any) -> grpc.aio.AioRpcError | None:
@@ -328,7 +344,7 @@ async def _answers(call: Any) -> AsyncIterator[list[inference_pb2.SessionRespons
         if missing:
             continue
         yield together
-        if response.WhichOneof("event") == "done":
+        if response.WhichOneof("event") in ("done", "refused"):
             return
         together = []
 
@@ -348,6 +364,8 @@ async def forward(
         while request is not None:
             if request.use_cache:
                 async for answer in session.act(inference_pb2.SessionRequest(forward=request)):
+                    if answer.HasField("refused"):
+                        raise refusal(answer)
                     if answer.WhichOneof("event") == "forward":
                         yield answer.forward
             elif session.length:

@@ -18,13 +18,13 @@ from ..proto.v1.errors import ModelUnavailableError, OutOfMemoryError, Shardlift
 from ..proto.v1.tls import TLS
 from ..worker.adapter_spec import AttachedAdapter
 from ..worker.anatomy import Cut
-from ..worker.records import HubToken, SourceSpec
+from ..worker.records import FileVersion, HubToken, SourceSpec
 from ..worker.service import SECRET_HEADER
 from ..worker.spec import LoadReport, ModuleBytes, StageSpec
 from ..worker.tokenizer import tokenizer_files
 from ..worker.tracing import OFF, Span
 from . import loads, requests
-from .adapter_room import added, kv_tokens_beside
+from .adapter_room import added, kv_tokens_beside, rooms_beside
 from .adapters import BaseModel, OutlinedAdapter, cuts_of
 from .devices import Device
 from .moves import Need, Shortage, choose
@@ -72,7 +72,8 @@ class Resident:
     """Stages that have loaded, joined to a ring. All methods run on one event loop.
 
     info: the registry's, which changes here when a stage moves. request: as it came, without its token. specs: known
-    where this process has planned the load; else made again from the checkpoint when one is needed.
+    where this process has planned the load; else made again from the checkpoint when one is needed. card: what the
+    workers, or Ray's GCS, carry of it already.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Resident:
         placement: Placement,
         reports: Sequence[LoadReport | None],
         specs: Sequence[StageSpec],
+        card: bytes = b"",
     ) -> None:
         self.info = info
         self.placement = placement
@@ -95,7 +97,7 @@ class Resident:
         # Their Hub tokens, where they came with one.
         self._adapter_tokens: dict[str, HubToken] = {}
         self._outlined: OutlinedModel | None = None
-        self._card = b""
+        self._card = card
         # By stage: what the next `restore` puts in the place of what is there.
         self._ready: dict[int, Replacement] = {}
         self._vigil: Vigil | None = None
@@ -148,7 +150,7 @@ class Resident:
             await old.close()
 
     async def keep_card(self) -> None:
-        """Gives every worker what a new controller would need to know."""
+        """Gives every worker, and Ray's GCS, what a new controller would need to know."""
         info = registry_pb2.ModelInfo()
         info.CopyFrom(self.info)
         info.state, info.reason = registry_pb2.MODEL_STATE_READY, ""
@@ -161,10 +163,29 @@ class Resident:
             options=self._request.options,
             seats=[seat.message() for seat in self.placement.seats],
             adapters_json=[json.dumps(attached.to_json()) for attached in self.adapters.values()],
+            spec_json=json.dumps(self._common_spec()),
         ).SerializeToString()
-        await asyncio.gather(
-            *(call(worker.set_card.remote(self._card), "a stage") for worker in self.placement.workers)
-        )
+        was_kept = bool(self.placement.card)
+        try:
+            await asyncio.gather(
+                *(call(worker.set_card.remote(self._card), "a stage") for worker in self.placement.workers)
+            )
+        except WorkerDiedError:
+            if was_kept:
+                await self.placement.keep_card(self._card)
+            raise
+        # The workers first: a model is resident from when all of them say so.
+        await self.placement.keep_card(self._card)
+
+    def _common_spec(self) -> dict[str, Any]:
+        """What the stages' specs have in common, for a controller that finds none of them. Without their secret."""
+        spec = replace(self._specs[0], secret="", records=(), versions=self._versions)
+        return spec.to_json()
+
+    @property
+    def _versions(self) -> dict[str, FileVersion]:
+        """Of all files that stages have read, as far as they are known."""
+        return {file: version for spec in self._specs for file, version in spec.versions.items()}
 
     def watch(self, on_loss: Callable[[int], None]) -> None:
         """Calls `on_loss` when a stage ends, until the next `watch` or `close`."""
@@ -289,15 +310,19 @@ class Resident:
         info.plan.kv_tokens = self._kv_tokens([], "")
 
     def _kv_tokens(self, more: Sequence[Sequence[int]], name: str) -> int:
+        return kv_tokens_beside(self.info.plan.stages, self._adapter_bytes(more), name)
+
+    def _adapter_bytes(self, more: Sequence[Sequence[int]]) -> list[int]:
+        """What adapters hold on each stage, with `more` of them."""
         sizes = [*(attached.stage_bytes for attached in self.adapters.values()), *more]
-        stages = self.info.plan.stages
-        return kv_tokens_beside(stages, added(sizes, len(stages)), name)
+        return added(sizes, len(self.info.plan.stages))
 
     async def _limit_tokens(self, more: Sequence[Sequence[int]], name: str) -> None:
         """Has the last stage let in what there is room for beside the adapters, and `more` of them."""
         tokens = self._kv_tokens(more, name)
+        rooms = rooms_beside(self.info.plan.stages, self._adapter_bytes(more))
         try:
-            await call(self.placement.workers[-1].limit_tokens.remote(tokens), "the last stage")
+            await call(self.placement.workers[-1].limit_tokens.remote(tokens, rooms), "the last stage")
         except WorkerDiedError:
             if more:
                 raise
@@ -518,7 +543,7 @@ class Resident:
                 lambda: outline_model(requests.checkpoint_request(source), self._token, requests.model_options(options))
             )
         model = self._outlined
-        known = {file: version for spec in self._specs for file, version in spec.versions.items()}
+        known = self._versions
         for index in lost:
             stage = self.info.plan.stages[index]
             layers = len(model.layout.outline.sizes.layers)

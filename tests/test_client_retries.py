@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -13,9 +14,11 @@ import torch
 import transformers
 
 import shardlift
+from shardlift.client.gateway import connect_limit_s
 from shardlift.client.handle import RemoteModel
 from shardlift.client.patience import Patience
 from shardlift.proto.v1 import errors, inference_pb2, registry_pb2, status
+from shardlift.proto.v1.tensor_pb2 import Tensor
 from tests.support.model_gateway import ModelGateway, tiny_llama
 from tests.support.scripted_gateway import ScriptedGateway
 
@@ -202,6 +205,75 @@ def test_questions_are_asked_again(scripted: tuple[ScriptedGateway, RemoteModel]
     assert model.info().name == "tiny"
 
 
+def test_a_pass_that_leaves_nothing_behind_is_asked_for_again(
+    scripted: tuple[ScriptedGateway, RemoteModel],
+) -> None:
+    gateway, model = scripted
+    logits = torch.tensor([[[1.0, 2.0]]])
+    head = Tensor(shape=[1, 1, 2], dtype="float32", data=logits.numpy().tobytes())
+    gateway.expect("Forward", lost())
+    gateway.expect("Forward", lost(inference_pb2.ForwardResponse(logits=head)))
+    gateway.answer("Forward", inference_pb2.ForwardResponse(logits=head))
+    assert torch.equal(model([[1]]).logits, logits)
+
+
+DOWN_S = 1.0
+
+
+def gone(gateway: ModelGateway) -> threading.Timer:
+    """Has the gateway go, and come back later than a first contact is waited for."""
+    gateway.stop()
+    timer = threading.Timer(DOWN_S, gateway.start)
+    timer.start()
+    return timer
+
+
+def test_calls_after_one_that_has_seen_the_loss_are_as_patient(gateway: ModelGateway, local: Any) -> None:
+    expected = local.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=4)
+    with shardlift.connect(gateway.address, timeout_s=0.3) as client:
+        model = client.model("tiny")
+        calls: list[Callable[[], Any]] = [
+            model.info,
+            lambda: model.generate(IDS, max_new_tokens=4),
+            lambda: model.stream(IDS, max_new_tokens=4).start(),
+            lambda: model(IDS),
+        ]
+        for call in calls:
+            coming = gone(gateway)
+            with pytest.raises(errors.GatewayUnavailableError):  # what isn't asked again sees the loss
+                model.unload()
+            call()
+            coming.join()
+        assert torch.equal(model.generate(IDS, max_new_tokens=4), expected)
+
+
+def test_so_are_those_of_the_client_for_asyncio(gateway: ModelGateway) -> None:
+    async def run() -> None:
+        async with await shardlift.connect_async(gateway.address, timeout_s=0.3) as client:
+            model = await client.model("tiny")
+            calls: list[Callable[[], Awaitable[Any]]] = [
+                model.info,
+                lambda: model.generate(IDS, max_new_tokens=4),
+                lambda: model(IDS),
+            ]
+            for call in calls:
+                coming = await asyncio.to_thread(gone, gateway)
+                with pytest.raises(errors.GatewayUnavailableError):
+                    await model.unload()
+                await call()
+                await asyncio.to_thread(coming.join)
+
+    asyncio.run(run())
+
+
+def test_patience_of_a_first_contact_is_short() -> None:
+    """Nobody has ever answered there: there may be no gateway at all."""
+    assert connect_limit_s(3.0, 30.0, None, False) == 3.0
+    assert connect_limit_s(3.0, 30.0, None, True) == 30.0
+    assert connect_limit_s(3.0, 0.0, None, True) == 3.0
+    assert connect_limit_s(3.0, 30.0, 5.0, True) == 5.0
+
+
 def test_what_changes_something_is_not(scripted: tuple[ScriptedGateway, RemoteModel]) -> None:
     gateway, model = scripted
     gateway.expect("UnloadModel", unavailable)
@@ -210,9 +282,6 @@ def test_what_changes_something_is_not(scripted: tuple[ScriptedGateway, RemoteMo
     gateway.expect("LoadModel", lost())
     with shardlift.connect(gateway.address) as client, pytest.raises(errors.GatewayUnavailableError):
         client.load("org/tiny")
-    gateway.expect("Forward", lost())
-    with pytest.raises(errors.GatewayUnavailableError):
-        model([[1]])
     gateway.expect("Session", lost())
     with pytest.raises(errors.GatewayUnavailableError):
         model([[1]], use_cache=True)

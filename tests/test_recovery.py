@@ -16,6 +16,7 @@ import torch
 
 import shardlift
 from shardlift.client.handle import RemoteModel
+from shardlift.cluster import cards
 from shardlift.proto.v1 import errors
 from tests.support import checkpoints
 from tests.support.cluster import RunningCluster, eventually
@@ -174,6 +175,37 @@ def test_a_controller_killed_with_a_worker_brings_both_back(model: RemoteModel, 
 
     eventually(is_well, "the model did not come back", timeout_s=90)
     assert len(cluster.stage_workers()) == STAGES
+
+
+def test_a_controller_killed_with_all_workers_in_the_middle_of_streams(
+    model: RemoteModel, cluster: RunningCluster, undisturbed: list[torch.Tensor]
+) -> None:
+    """Nobody is left who knows of the model but Ray's GCS: its stages are loaded anew, and streams go on."""
+    pids = [cluster.pid("controller"), *(worker_of(cluster, stage) for stage in range(STAGES))]
+
+    def kill_all() -> None:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+    streams_through(model, kill_all, undisturbed)
+    info = model.info()
+    assert (info.state, info.reason, len(info.plan.stages)) == ("ready", "", STAGES)
+    kinds = [event.kind for event in shardlift.connect(cluster.gateway).cluster("survivor").events]
+    assert "found" in kinds
+    assert "recovered" in kinds
+
+
+def test_a_model_of_one_stage_outlives_its_worker_and_the_controller(cluster: RunningCluster, folder: Path) -> None:
+    with shardlift.connect(cluster.gateway) as client:
+        single = client.load(str(folder), name="single", num_stages=1)
+        expected = single.generate(IDS, max_new_tokens=8, do_sample=False)
+        (worker,) = [name for name in cluster.stage_workers() if name.startswith("stage:single:")]
+        for pid in (cluster.pid("controller"), cluster.pid(worker)):
+            os.kill(pid, signal.SIGKILL)
+        # Never that it doesn't exist: asked again until it does.
+        assert torch.equal(single.generate(IDS, max_new_tokens=8, do_sample=False), expected)
+        client.unload("single")
+    assert not any(load.startswith("single:") for load in cards.find())
 
 
 def sessions(cluster: RunningCluster) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -204,10 +204,13 @@ class StageWorker:
         """The names of the adapters that are attached here."""
         return [] if self._server is None else list(self._server.pipeline.stage.adapters.names)
 
-    async def limit_tokens(self, kv_tokens: int) -> None:
-        """How many tokens' keys and values have room from now on; asked of the last stage, which lets sessions in."""
+    async def limit_tokens(self, kv_tokens: int, rooms: Sequence[tuple[int, int]] = ()) -> None:
+        """How many tokens' keys and values have room from now on, and the stages' rooms, as in SessionLimits. Asked of
+        the last stage, which lets sessions in."""
+        from .service import rooms_of
+
         assert self._server is not None
-        self._server.sessions.admission.limit(kv_tokens)
+        self._server.sessions.admission.limit(kv_tokens, rooms_of(rooms))
 
     async def sessions(self) -> tuple[int, int]:
         """Sessions held, and the bytes of their keys and values."""

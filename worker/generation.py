@@ -184,6 +184,11 @@ class Decoding:
         return int(self._config.max_length)
 
     @property
+    def prefill_chunk(self) -> int:
+        """The most tokens of the prompt that one pass takes; 0 for all."""
+        return int(self._config.prefill_chunk_size or 0)
+
+    @property
     def finished(self) -> bool:
         return not self._running
 

@@ -377,14 +377,11 @@ class StagePipeline:
 
     async def forward(self, step: IncomingStep, *, logits_to_keep: int = 0, then: Then = lambda logits: logits) -> Any:
         """Takes `step` (token ids) through all stages; gives what `then`, on the computing thread, makes of the logits
-        [B, kept, V] on this, the last stage's device.
-
-        Raises InvalidRequestError for ids or positions that the model has no rows for.
+        [B, kept, V] on this, the last stage's device. step: as `ResidentStage.check` lets it pass.
         """
         assert self.stage.cut.is_last
         if self._closed:
             raise ModelUnavailableError("the model is being unloaded")
-        self.stage.check(step.input)
         work = _Work(step=step, logits_to_keep=logits_to_keep, then=then)
         if self.stage.cut.is_first:
             return await self._run_work(work)

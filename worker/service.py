@@ -20,6 +20,8 @@ from ..proto.v1.errors import (
     AuthenticationError,
     InternalError,
     InvalidRequestError,
+    ModelBusyError,
+    OutOfMemoryError,
     SessionExpiredError,
     ShardliftError,
 )
@@ -30,7 +32,7 @@ from ..proto.v1.wire import MAX_CALLS, STAGE_SERVER_OPTIONS
 from . import logs, tracing
 from .adapter_fetch import fetch_tensors
 from .adapter_spec import AdapterSpec
-from .admission import Admission
+from .admission import Admission, Room
 from .links import STEP_METHOD, StepKey
 from .metrics import ServingNumbers, StageStatus
 from .pipeline import IncomingStep, StagePipeline
@@ -55,8 +57,13 @@ class Sessions:
 
     def __init__(self, pipeline: StagePipeline, limits: SessionLimits, tokenizer: Callable[[], Any] | None) -> None:
         self.idle_timeout_s = limits.idle_timeout_s
+        self.idle_place_s = limits.idle_place_s
         self.admission = Admission(
-            max_sessions=limits.max_sessions, max_waiting=limits.max_waiting, kv_tokens=limits.kv_tokens
+            max_sessions=limits.max_sessions,
+            max_waiting=limits.max_waiting,
+            kv_tokens=limits.kv_tokens,
+            wait_s=limits.wait_s,
+            rooms=rooms_of(limits.rooms),
         )
         self.numbers = ServingNumbers()
         self._pipeline = pipeline
@@ -88,6 +95,11 @@ class Sessions:
                 yield session
             finally:
                 session.end()
+
+
+def rooms_of(rooms: Sequence[tuple[int, int]]) -> list[Room]:
+    """As SessionLimits has them."""
+    return [Room(bytes_=bytes_, token_bytes=token_bytes) for bytes_, token_bytes in rooms]
 
 
 def _epoch(text: str) -> int:
@@ -317,26 +329,49 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             async with self._sessions.open(context, "Session") as session:
                 idle_s = 0.0
                 requests = Checked(request_iterator, limits.check_session)
-                while (request := await self._next(requests, idle_s)) is not None:
+                while (request := await self._next(requests, idle_s, session)) is not None:
                     idle_s = idle_s or request.idle_timeout_s
-                    async for response in _act(session, request):
-                        yield response
+                    before = session.state
+                    try:
+                        await session.resume()
+                        async for response in _act(session, request):
+                            yield response
+                    except _REFUSALS as error:
+                        if not session.go_back(before):
+                            raise
+                        yield inference_pb2.SessionResponse(refused=_refusal(error))
+                        continue
                     done = inference_pb2.SessionState(length=session.length, rows=session.rows)
                     yield inference_pb2.SessionResponse(done=done)
         except Exception as error:
             await _abort(context, error)
 
     async def _next(
-        self, requests: AsyncIterator[inference_pb2.SessionRequest], idle_s: float
+        self, requests: AsyncIterator[inference_pb2.SessionRequest], idle_s: float, session: RingSession
     ) -> inference_pb2.SessionRequest | None:
         limit_s = min(idle_s or self._sessions.idle_timeout_s, MOST_IDLE_S)
+        soon_s = min(self._sessions.idle_place_s, limit_s)
+        coming = asyncio.ensure_future(anext(requests, None))
         try:
-            return await asyncio.wait_for(anext(requests, None), limit_s)
-        except (asyncio.TimeoutError, TimeoutError):
-            raise SessionExpiredError(
-                f"nothing came for this session in {limit_s:g} s, its idle time: its keys and values are freed; begin "
-                "a new one"
-            ) from None
+            for wait_s in (soon_s, limit_s - soon_s):
+                if (await asyncio.wait([coming], timeout=wait_s))[0]:
+                    return coming.result()
+                # It lets others run; not at once, for its user may be driving a generation step by step.
+                session.rest()
+        finally:
+            coming.cancel()
+        raise SessionExpiredError(
+            f"nothing came for this session in {limit_s:g} s, its idle time: its keys and values are freed; begin "
+            "a new one"
+        )
+
+
+# What an action may be refused with before anything is computed.
+_REFUSALS = (InvalidRequestError, ModelBusyError, OutOfMemoryError)
+
+
+def _refusal(error: ShardliftError) -> inference_pb2.SessionRefusal:
+    return inference_pb2.SessionRefusal(code=code_of(error), message=str(error), reason=type(error).__name__)
 
 
 async def _act(
@@ -346,6 +381,8 @@ async def _act(
         await session.keep(request.keep)
     if request.rows:
         session.select_rows(tuple(request.rows))
+    if request.HasField("reserve_tokens"):
+        session.hold(request.reserve_tokens)
     kind = request.WhichOneof("action")
     if kind is not None and request.HasField("adapters") and not getattr(request, kind).HasField("adapters"):
         getattr(request, kind).adapters.CopyFrom(request.adapters)

@@ -18,7 +18,7 @@ import torch
 from google.protobuf.json_format import MessageToDict
 
 from ..proto.v1 import inference_pb2, limits
-from ..proto.v1.errors import InvalidRequestError
+from ..proto.v1.errors import InvalidRequestError, OutOfMemoryError
 from ..proto.v1.tensor_pb2 import Tensor
 from . import stops
 from .account import Account
@@ -32,6 +32,7 @@ from .stage import ResidentStage, StepInput
 from .tensors import check_ids, from_message, to_frames
 from .tracing import OFF, Span
 from .trial import depends_on_the_longest
+from .workspace import Dimensions, Pass, least_bytes, pass_bytes
 
 # Steps that a client has not taken yet, before the model waits for it.
 _STEPS_AHEAD = 64
@@ -69,6 +70,10 @@ class RingSession:
         self._select: tuple[int, ...] = ()
         self._past: _Past | None = None
         self._adapters: tuple[str, ...] = ()
+        # Held beyond what it comes to by itself.
+        self._reserved_tokens = 0
+        stage = pipeline.stage
+        self._dimensions = Dimensions.of(stage.model.config.get_text_config(decoder=True), stage.dtype.itemsize)
 
     @property
     def length(self) -> int:
@@ -83,6 +88,45 @@ class RingSession:
         self._pipeline.finish_session(self._name)
         self._ticket.leave()
 
+    @property
+    def state(self) -> State:
+        """What `go_back` goes back to."""
+        return State(
+            steps=self._number,
+            tokens=self._ticket.tokens,
+            reserved_tokens=self._reserved_tokens,
+            keep=self._keep,
+            select=self._select,
+            past=self._past,
+            adapters=self._adapters,
+        )
+
+    def go_back(self, state: State) -> bool:
+        """Makes the session what it was; False where something has been computed since, and it can't be."""
+        if state.steps != self._number:
+            return False
+        self._reserved_tokens, self._keep, self._select = state.reserved_tokens, state.keep, state.select
+        self._past, self._adapters = state.past, state.adapters
+        self._ticket.reserve(state.tokens)
+        return True
+
+    async def resume(self) -> None:
+        """Waits for its turn, where it has rested. Raises ModelBusyError where that doesn't come."""
+        await self._ticket.resume()
+
+    def rest(self) -> None:
+        """Lets others run while nothing is asked of it. What it holds, it keeps."""
+        self._ticket.rest()
+
+    def hold(self, tokens: int) -> None:
+        """Reserves room for so many tokens of all rows, until it is told otherwise. Raises OutOfMemoryError."""
+        self._ticket.reserve(max(tokens, self.rows * self.length))
+        self._reserved_tokens = tokens
+
+    def _let_go(self, tokens: int) -> None:
+        """Needs no more than so many tokens for now."""
+        self._ticket.reserve(max(tokens, self._reserved_tokens))
+
     # -- the past --------------------------------------------------------------------------------------------------
 
     async def keep(self, length: int) -> None:
@@ -94,7 +138,7 @@ class RingSession:
         past = self._past.first(length)
         if not length:
             self._past, self._keep, self._select = None, None, ()
-            self._ticket.reserve(0)
+            self._let_go(0)
             return
         cache = self._pipeline.cache(self._name)
         if cache is not None and cache.can_keep(length):
@@ -154,9 +198,11 @@ class RingSession:
         if step.use_cache:
             rows, new = step.input.shape
             self._ticket.reserve(max(self._ticket.tokens, rows * (new + (0 if past is None else past.length))))
-            if padding is None:
-                # Without a mask the same values come out, and less travels.
-                step = replace(step, attention_mask=None)
+        self._check_room(step, 0 if past is None else past.length, padding, logits_to_keep)
+        self._pipeline.stage.check(step)
+        if step.use_cache and padding is None:
+            # Without a mask the same values come out, and less travels.
+            step = replace(step, attention_mask=None)
         key = StepKey(self._name, self._epoch, self._number)
         incoming = IncomingStep(
             key=key,
@@ -174,6 +220,43 @@ class RingSession:
                 past.add(step, padding)
             self._keep, self._select = None, ()
         return result
+
+    def _check_room(self, step: StepInput, past: int, padding: torch.Tensor | None, logits_to_keep: int) -> None:
+        """Raises OutOfMemoryError for a pass that would take more than a device has left while it is computed."""
+        rows, new = step.input.shape
+        if new == 1 or step.one_by_one:
+            return
+        kept = min(logits_to_keep or new, new)
+        self._check_pass(Pass(rows=rows, new=new, past=past, is_padded=padding is not None, kept=kept))
+
+    def _check_pass(self, asked: Pass) -> None:
+        free = self._ticket.free_bytes
+        if not free or self._epoch:
+            # What was let in before a stage was lost is not sent away for it.
+            return
+        least = least_bytes(self._dimensions)
+
+        def lacking(some: Pass) -> tuple[int, int, int] | None:
+            """The first stage that hasn't the room, with what it has and what it needs."""
+            widest, logits = pass_bytes(self._dimensions, some)
+            for index, has in enumerate(free):
+                needs = widest + (logits if index == len(free) - 1 else 0)
+                if needs > max(has, least):
+                    return index, max(has, least), needs
+            return None
+
+        if (found := lacking(asked)) is None:
+            return
+        index, has, needs = found
+        total, chunk = asked.past + asked.new, asked.new // 2
+        while chunk > 1 and lacking(replace(asked, new=chunk, past=total - chunk, kept=min(asked.kept, chunk))):
+            chunk //= 2
+        padding = ", some of them padding," if asked.is_padded else ""
+        raise OutOfMemoryError(
+            f"computing {asked.rows} x {asked.new:,} tokens at once{padding} takes some {needs:,} bytes beside keys "
+            f"and values, and stage {index} has {has:,} for that now: send it in chunks of {max(chunk, 1):,} (by "
+            "prefill_chunk_size, or as passes of a session), or fewer rows"
+        )
 
     async def compute(self, function: Callable[[], Any]) -> Any:
         """Runs `function` on the computing thread, in this session's turn."""
@@ -227,7 +310,7 @@ class RingSession:
             driving.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await driving
-            self._ticket.reserve(self.length * self.rows)
+            self._let_go(self.length * self.rows)
             account.end(outcome)
         yield inference_pb2.GenerateResponse(
             finished=inference_pb2.GenerationFinished(
@@ -281,8 +364,20 @@ class RingSession:
             )
         if decoding.use_cache:
             # All that it may come to: who was let in is not sent away half-way.
-            self._ticket.reserve(decoding.rows * decoding.max_length)
+            self._ticket.reserve(max(decoding.rows * decoding.max_length, self._reserved_tokens))
+        self._check_prompt(decoding, mask)
         return decoding
+
+    def _check_prompt(self, decoding: Decoding, mask: torch.Tensor | None) -> None:
+        """Before the first of its passes. Raises as `_check_pass`."""
+        length = decoding.prompt_tokens if decoding.use_cache else decoding.max_length
+        is_padded = mask is not None and not bool(mask.all())
+        chunk = min(decoding.prefill_chunk or length, length - self.length)
+        rest = (length - self.length) % chunk
+        # Of the whole ones the last has the longest past.
+        for new, end in ((chunk, length - rest), (rest, length)):
+            if new > 1:
+                self._check_pass(Pass(rows=decoding.rows, new=new, past=end - new, is_padded=is_padded))
 
     async def _drive(
         self,
@@ -374,6 +469,19 @@ class RingSession:
             responses=[inference_pb2.GenerateResponse(step=message), *later],
             next=None if step.finished else decoding.next_forward(self._cache),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """Of a session between two actions. steps: that it has sent round."""
+
+    steps: int
+    tokens: int
+    reserved_tokens: int
+    keep: int | None
+    select: tuple[int, ...]
+    past: _Past | None
+    adapters: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

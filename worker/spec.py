@@ -24,15 +24,20 @@ MOST_IDLE_S = 24 * 3600
 class SessionLimits:
     """What a model's last stage lets in.
 
-    max_sessions run at a time, max_waiting wait for their turn. kv_tokens: tokens of all sessions together whose keys
-    and values have room on every stage; 0 for no limit. idle_timeout_s: after which a session ends that nothing comes
-    for.
+    max_sessions run at a time, max_waiting wait for their turn, each for wait_s seconds at most. kv_tokens: tokens of
+    all sessions together whose keys and values have room on every stage; 0 for no limit. idle_timeout_s: after which a
+    session ends that nothing comes for; it gives up its place among those that run after idle_place_s. rooms: what each
+    stage's device has for keys, values and computing, in bytes, and what a token's keys and values take there; none for
+    no limit.
     """
 
     max_sessions: int = 64
     max_waiting: int = 256
     kv_tokens: int = 0
     idle_timeout_s: float = 600.0
+    wait_s: float = 300.0
+    idle_place_s: float = 1.0
+    rooms: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +101,8 @@ class StageSpec:
     def from_json(cls, value: Mapping[str, Any]) -> StageSpec:
         fields = dict(value)
         fields["cut"] = Cut(**fields["cut"])
-        fields["limits"] = SessionLimits(**fields["limits"])
+        limits = fields["limits"]
+        fields["limits"] = SessionLimits(**{**limits, "rooms": tuple(map(tuple, limits.get("rooms", ())))})
         if fields.get("anatomy") is not None:
             fields["anatomy"] = Anatomy.from_json(fields["anatomy"])
         if fields.get("code") is not None:

@@ -125,13 +125,14 @@ class ForwardRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., input_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., attention_mask: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., position_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., logits_to_keep: _Optional[int] = ..., use_cache: _Optional[bool] = ..., without_logits: _Optional[bool] = ..., one_by_one: _Optional[bool] = ..., adapters: _Optional[_Union[AdapterChoice, _Mapping]] = ...) -> None: ...
 
 class SessionRequest(_message.Message):
-    __slots__ = ("model", "idle_timeout_s", "keep", "rows", "forward", "generate", "adapters")
+    __slots__ = ("model", "idle_timeout_s", "keep", "rows", "forward", "generate", "reserve_tokens", "adapters")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     IDLE_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     GENERATE_FIELD_NUMBER: _ClassVar[int]
+    RESERVE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     model: str
     idle_timeout_s: float
@@ -139,18 +140,31 @@ class SessionRequest(_message.Message):
     rows: _containers.RepeatedScalarFieldContainer[int]
     forward: ForwardRequest
     generate: GenerateRequest
+    reserve_tokens: int
     adapters: AdapterChoice
-    def __init__(self, model: _Optional[str] = ..., idle_timeout_s: _Optional[float] = ..., keep: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., forward: _Optional[_Union[ForwardRequest, _Mapping]] = ..., generate: _Optional[_Union[GenerateRequest, _Mapping]] = ..., adapters: _Optional[_Union[AdapterChoice, _Mapping]] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., idle_timeout_s: _Optional[float] = ..., keep: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., forward: _Optional[_Union[ForwardRequest, _Mapping]] = ..., generate: _Optional[_Union[GenerateRequest, _Mapping]] = ..., reserve_tokens: _Optional[int] = ..., adapters: _Optional[_Union[AdapterChoice, _Mapping]] = ...) -> None: ...
 
 class SessionResponse(_message.Message):
-    __slots__ = ("forward", "generate", "done")
+    __slots__ = ("forward", "generate", "done", "refused")
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     GENERATE_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     forward: ForwardResponse
     generate: GenerateResponse
     done: SessionState
-    def __init__(self, forward: _Optional[_Union[ForwardResponse, _Mapping]] = ..., generate: _Optional[_Union[GenerateResponse, _Mapping]] = ..., done: _Optional[_Union[SessionState, _Mapping]] = ...) -> None: ...
+    refused: SessionRefusal
+    def __init__(self, forward: _Optional[_Union[ForwardResponse, _Mapping]] = ..., generate: _Optional[_Union[GenerateResponse, _Mapping]] = ..., done: _Optional[_Union[SessionState, _Mapping]] = ..., refused: _Optional[_Union[SessionRefusal, _Mapping]] = ...) -> None: ...
+
+class SessionRefusal(_message.Message):
+    __slots__ = ("code", "message", "reason")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    message: str
+    reason: str
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class SessionState(_message.Message):
     __slots__ = ("length", "rows")

@@ -141,6 +141,7 @@ def check_session(request: inference_pb2.SessionRequest) -> None:
             f"idle_timeout_s={request.idle_timeout_s}: write a number of seconds of 0 or more, or leave it out"
         )
     _at_most("rows", len(request.rows), MOST_ROWS, "keep fewer")
+    _at_most("reserve_tokens", request.reserve_tokens, MOST_RESERVED_TOKENS, "write a smaller number")
     _check_adapters(request.adapters)
     match request.WhichOneof("action"):
         case "forward":

@@ -351,18 +351,20 @@ class Adapter(_message.Message):
     def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., commit: _Optional[str] = ..., kind: _Optional[str] = ..., config_json: _Optional[str] = ..., stage_bytes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ModelCard(_message.Message):
-    __slots__ = ("info", "source", "options", "seats", "adapters_json")
+    __slots__ = ("info", "source", "options", "seats", "adapters_json", "spec_json")
     INFO_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     SEATS_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_JSON_FIELD_NUMBER: _ClassVar[int]
+    SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
     info: ModelInfo
     source: ModelSource
     options: LoadOptions
     seats: _containers.RepeatedCompositeFieldContainer[StageSeat]
     adapters_json: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, info: _Optional[_Union[ModelInfo, _Mapping]] = ..., source: _Optional[_Union[ModelSource, _Mapping]] = ..., options: _Optional[_Union[LoadOptions, _Mapping]] = ..., seats: _Optional[_Iterable[_Union[StageSeat, _Mapping]]] = ..., adapters_json: _Optional[_Iterable[str]] = ...) -> None: ...
+    spec_json: str
+    def __init__(self, info: _Optional[_Union[ModelInfo, _Mapping]] = ..., source: _Optional[_Union[ModelSource, _Mapping]] = ..., options: _Optional[_Union[LoadOptions, _Mapping]] = ..., seats: _Optional[_Iterable[_Union[StageSeat, _Mapping]]] = ..., adapters_json: _Optional[_Iterable[str]] = ..., spec_json: _Optional[str] = ...) -> None: ...
 
 class StageSeat(_message.Message):
     __slots__ = ("placement_group", "bundle", "node", "node_id", "device", "gpus")

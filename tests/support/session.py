@@ -8,6 +8,7 @@ import grpc.aio
 import torch
 
 from shardlift.proto.v1 import inference_pb2
+from shardlift.proto.v1.status import from_reason
 from shardlift.proto.v1.wire import Assembly
 from shardlift.worker.tensors import from_bytes, to_message
 
@@ -22,7 +23,7 @@ class Session:
         self.length = self.rows = 0
 
     async def act(self, **fields: Any) -> tuple[torch.Tensor | None, list[list[int]]]:
-        """Logits of a pass, tokens of a generation."""
+        """Logits of a pass, tokens of a generation. Raises what it was refused with."""
         await self.call.write(inference_pb2.SessionRequest(**fields))
         logits: Assembly | None = None
         tokens: list[list[int]] = []
@@ -30,6 +31,8 @@ class Session:
             response = await self.call.read()
             assert response is not grpc.aio.EOF
             kind = response.WhichOneof("event")
+            if kind == "refused":
+                raise from_reason(response.refused.reason, response.refused.message)
             if kind == "done":
                 self.length, self.rows = response.done.length, response.done.rows
                 break
