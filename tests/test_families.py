@@ -5,6 +5,8 @@ Over one, two and three uneven stages, through real gRPC; prefill alone and in c
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 from _pytest.mark import ParameterSet
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, PreTrainedModel
 from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
+from shardlift.proto.v1.errors import UnsupportedModelError
 from shardlift.worker.anatomy import FAMILIES, TEXT_PARTS
 from tests.support import checkpoints, ring
 from tests.support.quantization import nf4
@@ -152,6 +156,34 @@ async def test_the_text_of_a_model_with_images(model_type: str, tmp_path: Path) 
             await check_decoding(pipeline, whole, ids, mask, CHUNKS, 4)
             await check_generate(pipeline, whole, ids, mask)
         await pipeline.idle()
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+async def test_gemma_3_by_either_of_its_names(prefix: str, tmp_path: Path) -> None:
+    """As published and as transformers 5 has it; bitsandbytes' own, with a module that it left alone."""
+    folder = checkpoints.tiny_with_images("gemma3", tmp_path / "plain")
+    chosen = nf4(skip=["lm_head", f"{prefix}layers.1.mlp", "model.language_model.layers.1.mlp"])
+    whole = AutoModelForCausalLM.from_pretrained(folder, quantization_config=chosen, dtype=torch.bfloat16)
+    whole.save_pretrained(tmp_path / "quantized")
+    [file] = (tmp_path / "quantized").glob("*.safetensors")
+    tensors = {
+        re.sub(r"^(language_model\.model|model\.language_model)\.", prefix, k): v for k, v in load_file(file).items()
+    }
+    save_file(tensors, file, {"format": "pt"})
+    ids, mask = prompt(padded=True)
+    async with ring.serve(ring.load(tmp_path / "quantized", (2,))) as pipeline:
+        await check_forward(pipeline, whole, ids, mask)
+        assert not any("absmax" in key and ".layers.1.mlp." in key for key in tensors)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n", "mistral3", "qwen2_5_vl"])
+def test_other_models_with_images_are_refused_in_words(model_type: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    save_file({"model.norm.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        UnsupportedModelError, match=f"'{model_type}' takes more than text, .* of these it can: gemma3, "
+    ):
+        ring.specs(tmp_path, ())
 
 
 class RightMiniMaxCache(MiniMaxCache):

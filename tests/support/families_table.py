@@ -50,6 +50,7 @@ get those that they have without one, which is what `tests/test_families.py` com
 
 Of a model that takes images too, the text alone is loaded, as `AutoModelForCausalLM` does it, where the checkpoint's
 `model_type` is one of these: {text_parts}.
+Of Gemma 3 it makes the whole model, which gives the same logits where there is no image. Other such models are refused.
 
 ## Other families
 
