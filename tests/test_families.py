@@ -5,6 +5,8 @@ Over one, two and three uneven stages, through real gRPC; prefill alone and in c
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 from _pytest.mark import ParameterSet
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, PreTrainedModel
 from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
+from shardlift.proto.v1.errors import UnsupportedModelError
 from shardlift.worker.anatomy import FAMILIES, TEXT_PARTS
 from tests.support import checkpoints, ring
 from tests.support.quantization import nf4
@@ -25,6 +29,8 @@ CHUNKS = (12, 7, 2)
 CUTS: dict[str, tuple[int, ...]] = {"one stage": (), "two": (1,), "three": (1, 3)}
 Case = tuple[Path, BitsAndBytesConfig, PreTrainedModel]
 
+_LINEAR, _FULL = "linear_attention", "full_attention"
+
 # What a family's models differ in, where it is seen around the layers or in the cache.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
@@ -33,6 +39,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     # A stage of states alone, and one of keys and values alone.
     "qwen3_next-rare": ("qwen3_next", {"full_attention_interval": 4}),
+    # As all real ones begin.
+    "minimax-linear": ("minimax", {"layer_types": [_LINEAR, _LINEAR, _FULL, _LINEAR]}),
     "falcon-alibi": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
 }
 CASES = {family: (family, {}) for family in sorted(FAMILIES)} | VARIANTS
@@ -96,6 +104,42 @@ async def test_logits_and_tokens_equal_one_process(case: Case, cut: str) -> None
         await pipeline.idle()
 
 
+STATES_FIRST: dict[str, tuple[str, ...]] = {
+    "minimax": (_LINEAR, _LINEAR, _FULL, _LINEAR),
+    "qwen3_next": (_LINEAR, _LINEAR, _FULL, _LINEAR),
+    "qwen3_5_text": (_LINEAR, _LINEAR, _FULL, _LINEAR),
+    "lfm2": ("conv", "conv", _FULL, "conv"),
+    "granitemoehybrid": (_LINEAR, _LINEAR, _FULL, _LINEAR),
+    "nemotron_h": ("mlp", _LINEAR, _FULL, _LINEAR),
+}
+
+
+@pytest.mark.parametrize("family", STATES_FIRST)
+async def test_where_states_come_first_a_cache_changes_nothing(family: str, tmp_path: Path) -> None:
+    """Chunks and single tokens, padded and not, equal one pass without a cache: transformers' own cache may be wrong.
+
+    Not to the bit: states are computed block by block in a first pass, and token by token after.
+    """
+    folder = checkpoints.tiny(family, tmp_path, layer_types=list(STATES_FIRST[family]))
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    async with ring.serve(ring.load(folder, (2,))) as pipeline:
+        for padded in (False, True):
+            ids, mask = prompt(padded=padded)
+            positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+            with torch.inference_mode():
+                expected = whole(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+            session, past, found = pipeline.session(), 0, []
+            for tokens in (12, 5, 1, 1, 2):
+                end = past + tokens
+                found.append(await session(ids[:, past:end], mask[:, :end], positions[:, past:end]))
+                past = end
+            assert past == LENGTH
+            await session.close()
+            seen = mask[..., None].bool()
+            torch.testing.assert_close(torch.cat(found, 1) * seen, expected * seen, rtol=0, atol=2e-3)
+        await pipeline.idle()
+
+
 @pytest.mark.parametrize("model_type", TEXT_PARTS)
 async def test_the_text_of_a_model_with_images(model_type: str, tmp_path: Path) -> None:
     """As AutoModelForCausalLM makes it of the same files, and without a byte of the rest."""
@@ -112,6 +156,55 @@ async def test_the_text_of_a_model_with_images(model_type: str, tmp_path: Path) 
             await check_decoding(pipeline, whole, ids, mask, CHUNKS, 4)
             await check_generate(pipeline, whole, ids, mask)
         await pipeline.idle()
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+async def test_gemma_3_by_either_of_its_names(prefix: str, tmp_path: Path) -> None:
+    """As published and as transformers 5 has it; bitsandbytes' own, with a module that it left alone."""
+    folder = checkpoints.tiny_with_images("gemma3", tmp_path / "plain")
+    chosen = nf4(skip=["lm_head", f"{prefix}layers.1.mlp", "model.language_model.layers.1.mlp"])
+    whole = AutoModelForCausalLM.from_pretrained(folder, quantization_config=chosen, dtype=torch.bfloat16)
+    whole.save_pretrained(tmp_path / "quantized")
+    [file] = (tmp_path / "quantized").glob("*.safetensors")
+    tensors = {
+        re.sub(r"^(language_model\.model|model\.language_model)\.", prefix, k): v for k, v in load_file(file).items()
+    }
+    save_file(tensors, file, {"format": "pt"})
+    ids, mask = prompt(padded=True)
+    async with ring.serve(ring.load(tmp_path / "quantized", (2,))) as pipeline:
+        await check_forward(pipeline, whole, ids, mask)
+        assert not any("absmax" in key and ".layers.1.mlp." in key for key in tensors)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n", "mistral3", "qwen2_5_vl"])
+def test_other_models_with_images_are_refused_in_words(model_type: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    save_file({"model.norm.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        UnsupportedModelError, match=f"'{model_type}' takes more than text, .* of these it can: gemma3, "
+    ):
+        ring.specs(tmp_path, ())
+
+
+class RightMiniMaxCache(MiniMaxCache):
+    """transformers' own takes lengths from its first layer, which has none where that is a linear one, as in all real
+    MiniMax models: its masks are then wrong for chunks, and for single tokens after padding."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.first = first
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return super().get_seq_length(self.first)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return super().get_mask_sizes(query_length, self.first)
+
+
+def cache_for(whole: PreTrainedModel) -> DynamicCache:
+    if whole.config.model_type == "minimax":
+        return RightMiniMaxCache(whole.config.layer_types.index("full_attention"))
+    return DynamicCache(config=whole.config)
 
 
 async def check_forward(pipeline: ring.Ring, whole: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> None:
@@ -132,7 +225,7 @@ async def check_decoding(
     decoded: int,
 ) -> None:
     """Prefill in `chunks`, then greedy steps on the cache: every logit of every step."""
-    cache = MiniMaxCache() if whole.config.model_type == "minimax" else DynamicCache(config=whole.config)
+    cache = cache_for(whole)
     session = pipeline.session()
     positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
     inputs = list(ids.split(chunks, dim=-1))
@@ -153,8 +246,9 @@ async def check_decoding(
 
 async def check_generate(pipeline: ring.Ring, whole: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> None:
     """Greedy and sampled `generate`, tokens and raw logits."""
+    cache = {"past_key_values": cache_for(whole)} if whole.config.model_type == "minimax" else {}
     expected = whole.generate(
-        ids, attention_mask=mask, max_new_tokens=12, return_dict_in_generate=True, output_logits=True
+        ids, attention_mask=mask, max_new_tokens=12, return_dict_in_generate=True, output_logits=True, **cache
     )
     tokens, logits = await pipeline.generate(ids, mask, max_new_tokens=12, output_logits=True)
     assert torch.equal(tokens, expected.sequences[:, LENGTH:])
@@ -162,6 +256,7 @@ async def check_generate(pipeline: ring.Ring, whole: PreTrainedModel, ids: torch
 
     sampling = {"do_sample": True, "temperature": 0.8, "top_k": 30, "top_p": 0.9, "repetition_penalty": 1.2}
     torch.manual_seed(11)
-    sampled = whole.generate(ids, attention_mask=mask, max_new_tokens=8, **sampling)
+    cache = {"past_key_values": cache_for(whole)} if cache else {}
+    sampled = whole.generate(ids, attention_mask=mask, max_new_tokens=8, **sampling, **cache)
     tokens, _ = await pipeline.generate(ids, mask, max_new_tokens=8, seed=11, **sampling)
     assert torch.equal(tokens, sampled[:, LENGTH:])

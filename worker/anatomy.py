@@ -190,14 +190,23 @@ class TextPart:
     """The causal model inside a model that takes images too, and what its checkpoint's other tensors begin with.
 
     model_type: the text's, a key of FAMILIES. others: those alone that transformers doesn't itself know to ignore.
+    prefixes: pattern of a key's beginning -> what the text alone has there, where transformers doesn't itself know it.
     """
 
     model_type: str
     others: tuple[str, ...] = ()
+    prefixes: Mapping[str, str] = field(default_factory=dict)
 
 
-# Those for which `AutoModelForCausalLM` makes a model of the text alone. By the checkpoint's model type.
+# By the checkpoint's model type. `AutoModelForCausalLM` makes a model of the text alone, or, for Gemma 3, the whole
+# one, which computes the same where it gets no image.
 TEXT_PARTS: dict[str, TextPart] = {
+    "gemma3": TextPart(
+        model_type="gemma3_text",
+        others=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
+        # As published, and as transformers 5 has it in memory.
+        prefixes={r"^language_model\.(model|lm_head)\.": r"\1.", r"^model\.language_model\.": "model."},
+    ),
     "llama4": TextPart(model_type="llama4_text", others=("multi_modal_projector.", "vision_model.")),
     "qwen3_5": TextPart(model_type="qwen3_5_text"),
     "qwen3_5_moe": TextPart(model_type="qwen3_5_moe_text"),

@@ -64,13 +64,11 @@ class _ElsewhereNothing(DummyLayer):
         pass
 
 
-class _StateLayer(DynamicLayer):
-    """A layer that keeps a state and no keys, in a cache whose model asks all its layers for a length: it has none."""
+class _StateLayer(_ElsewhereLayer):
+    """A layer that keeps a state and no keys, on this stage or another, in a cache whose model takes lengths from the
+    first layer whatever its kind: it counts what went by, as a layer with keys would."""
 
     state: torch.Tensor | None = None
-
-    def advance(self, tokens: int) -> None:
-        pass
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if self.state is not None:
@@ -116,6 +114,8 @@ class StageCache:
                 continue
             self._elsewhere.append(_elsewhere(layer))
             self.cache.layers[index] = self._elsewhere[-1]
+        # Keys tell their number; the others must be told of each token.
+        self._counting = [*self._elsewhere, *(layer for layer in self.held if isinstance(layer, _StateLayer))]
         self.length = 0
 
     def shape_after(self, tokens: int) -> DynamicCache:
@@ -129,7 +129,7 @@ class StageCache:
     def advance(self, tokens: int) -> None:
         """Notes that `tokens` positions went through the model."""
         self.length += tokens
-        for layer in self._elsewhere:
+        for layer in self._counting:
             layer.advance(tokens)
 
     def keep(self, length: int) -> None:

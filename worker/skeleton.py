@@ -68,6 +68,10 @@ _STATE_KINDS = ("conv", "linear_attention")
 _KINDS_WITHOUT_KEYS = (*_STATE_KINDS, "mlp", "moe")
 
 
+# Parts of configs whose models take more than text; what `TEXT_PARTS` has is the text's config by then.
+_MORE_THAN_TEXT = {"text_config", "vision_config", "audio_config"}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterInfo:
     """A parameter or buffer of the model as it will be resident.
@@ -276,10 +280,24 @@ def parse_config(config: Mapping[str, Any], code: ModelCode | None = None) -> Pr
         text = parsed.get_text_config()
         # As AutoModelForCausalLM does.
         if (quantization := getattr(parsed, "quantization_config", None)) is not None:
-            text.quantization_config = quantization
+            text.quantization_config = _skipping_as_text(quantization, part.prefixes)
         return text
     except Exception as error:
         raise InvalidRequestError(f"config.json is not a valid {model_type} config: {one_line(error)}") from error
+
+
+def _skipping_as_text(quantization: Any, prefixes: Mapping[str, str]) -> Any:
+    """`quantization` with the modules that it skips named as they are in the text alone."""
+    if not isinstance(quantization, Mapping):
+        return quantization
+    renamed = dict(quantization)
+    for field in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        modules = quantization.get(field)
+        if isinstance(modules, list):
+            for pattern, prefix in prefixes.items():
+                modules = [re.sub(pattern, prefix, module) for module in modules]
+            renamed[field] = modules
+    return renamed
 
 
 def causal_class(config: PreTrainedConfig, code: ModelCode | None = None) -> type[PreTrainedModel]:
@@ -288,6 +306,11 @@ def causal_class(config: PreTrainedConfig, code: ModelCode | None = None) -> typ
         if not (isinstance(code.model_class, type) and issubclass(code.model_class, PreTrainedModel)):
             raise UnsupportedModelError(f"{code.model_class!r} of the checkpoint's code is no PreTrainedModel")
         return code.model_class
+    if _MORE_THAN_TEXT & set(config.sub_configs):
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} takes more than text, and its text can't be loaded alone yet; "
+            f"of these it can: {', '.join(sorted(TEXT_PARTS))}"
+        )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(f"transformers has no causal language model for model type {config.model_type!r}")
     found: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -344,12 +367,25 @@ def build_skeleton(
         anatomy=anatomy,
         dtype=dtype,
         quantizer=quantizer,
-        weight_mapping=get_model_conversion_mapping(model, None, quantizer),
+        weight_mapping=[
+            *_prefix_renamings(config.model_type),
+            *get_model_conversion_mapping(model, None, quantizer),
+        ],
     )
     if quantize_experts:
         _separate_experts(skeleton)
     _check_anatomy(skeleton)
     return skeleton
+
+
+def _prefix_renamings(model_type: str) -> list[WeightRenaming]:
+    """For the keys of a model with images that the text of `model_type` is part of: no text's own begin so."""
+    return [
+        WeightRenaming(pattern, prefix)
+        for part in TEXT_PARTS.values()
+        if part.model_type == model_type
+        for pattern, prefix in part.prefixes.items()
+    ]
 
 
 def _quantization_config(quantization: Mapping[str, Any] | None) -> Any:

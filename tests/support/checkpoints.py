@@ -123,7 +123,7 @@ FAMILIES: dict[str, Family] = {
     # Every second layer full, in place of every sixth, so that four layers hold both kinds. Its embeddings are scaled
     # up and tied: at the wide init each token would only predict itself.
     "gemma3_text": Family(
-        models="Gemma 3, text only",
+        models="Gemma 3 (its text)",
         config_class="Gemma3TextConfig",
         config={
             "initializer_range": 0.05,
@@ -669,7 +669,9 @@ def tiny_with_images(model_type: str, folder: Path, *, layers: int = 4) -> Path:
     recipe = FAMILIES[config.sub_configs["text_config"].model_type]
     values = {key: value for key, value in _COMMON.items() if key not in recipe.drop}
     model_config = config(
-        text_config=values | recipe.config | {"num_hidden_layers": layers}, vision_config=_TINY_VISION[model_type]
+        text_config=values | recipe.config | {"num_hidden_layers": layers},
+        vision_config=_TINY_VISION[model_type],
+        **_TINY_IMAGES.get(model_type, {}),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -682,7 +684,18 @@ def tiny_with_images(model_type: str, folder: Path, *, layers: int = 4) -> Path:
 
 
 _QWEN_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": _HIDDEN}
+_TINY_IMAGES: dict[str, dict[str, Any]] = {
+    "gemma3": {"mm_tokens_per_image": 4, "image_token_index": 252, "boi_token_index": 253, "eoi_token_index": 254}
+}
 _TINY_VISION: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "image_size": 28,
+        "patch_size": 14,
+    },
     "llama4": {
         "hidden_size": 32,
         "num_hidden_layers": 1,

@@ -44,8 +44,13 @@ loaded (`tests/test_warm_load.py`).
   bits.
 - **also**: variants of the family that were run beside the one that its tiny configuration describes.
 
+MiniMax-Text-01 and M1 begin with linear layers, for which transformers' own cache takes every past to be empty: there,
+chunks after the first, and single tokens after padding, get other logits than without a cache, or an error. Here they
+get those that they have without one, which is what `tests/test_families.py` compares them with.
+
 Of a model that takes images too, the text alone is loaded, as `AutoModelForCausalLM` does it, where the checkpoint's
 `model_type` is one of these: {text_parts}.
+Of Gemma 3 it makes the whole model, which gives the same logits where there is no image. Other such models are refused.
 
 ## Other families
 
