@@ -48,6 +48,7 @@ class AutoModelForCausalLM:
         adapter_kwargs: Mapping[str, Any] | None = None,
         name: str | None = None,
         address: str | None = None,
+        experts_implementation: str | None = None,
         quantize_experts: bool | None = None,
         requantize: bool = False,
         staging_budget: int | str | None = None,
@@ -72,6 +73,8 @@ class AutoModelForCausalLM:
             max_memory: from device to bytes, or to a text such as "20GiB".
             num_stages: how many stages; by default as many as the plan needs.
             dtype: a torch dtype, its name, or "auto" for the checkpoint's. `torch_dtype` is its older name.
+            experts_implementation: how a mixture's experts are computed: "eager", "grouped_mm" (transformers' choice
+                wherever torch can), "batched_mm". Experts in 4 bits are always computed one by one, as "eager" does.
             token: Hub token. By default this environment's, for a gateway on this machine alone; False for none.
             quantize_experts: whether a mixture's experts, too, are quantized to 4 bits: each tensor by itself, where
                 transformers leaves them, merged, in 16 bits. By default with load_in_4bit, as far as the family and the
@@ -91,10 +94,11 @@ class AutoModelForCausalLM:
             name: the model's name in the registry; by default derived from the path.
             address: the gateway; else $SHARDLIFT_ADDRESS, else the local instance, which is started if need be.
             progress: whether to show progress on stderr; by default where it is a terminal.
-            kwargs: attributes of the config to override.
+            kwargs: attributes of the config to override. Any other name is refused, as by transformers.
 
         Raises:
-            ShardliftError: one of its subclasses says what was wrong and what to do about it.
+            ShardliftError: one of its subclasses says what was wrong and what to do about it. For an argument that
+                nothing has it is an UnknownArgumentError, which is a TypeError, too.
         """
         client = connect_or_start(address)
         arguments = {
@@ -114,6 +118,7 @@ class AutoModelForCausalLM:
             "cache_dir": cache_dir,
             "trust_remote_code": trust_remote_code,
             "attn_implementation": attn_implementation,
+            "experts_implementation": experts_implementation,
             "adapter_kwargs": adapter_kwargs,
             "staging_budget": staging_budget,
             "connections": connections,

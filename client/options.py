@@ -112,6 +112,7 @@ def load_options(
     num_stages: int | None = None,
     dtype: Any = "auto",
     attn_implementation: str | None = None,
+    experts_implementation: str | None = None,
     adapter_kwargs: Mapping[str, Any] | None = None,
     staging_budget: int | str | None = None,
     connections: int | None = None,
@@ -163,6 +164,8 @@ def load_options(
     if config is not None:
         options.config_json = to_json(_config(config), "config")
     overrides = _overrides(kwargs)
+    if experts_implementation is not None:
+        overrides["experts_implementation"] = experts_implementation  # a config's, to whoever reads one
     if overrides:
         options.config_overrides_json = to_json(overrides, "config override")
     return options

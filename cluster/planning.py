@@ -16,6 +16,7 @@ from .checkpoint import Checkpoint, CheckpointRequest, read_checkpoint
 from .config_limits import check_config
 from .devices import Device
 from .layout import Layout, attention_to_plan_with, lay_out, resolve_dtype
+from .overrides import override
 from .plan import Plan, PlanOptions, make_plan
 from .quantized import Quantized, settle
 from .selfcheck import unlisted_anatomy
@@ -148,13 +149,13 @@ def outline_model(request: CheckpointRequest, token: HubToken, options: ModelOpt
     """Reads config and headers. Raises whatever of shardlift's errors stands against the checkpoint."""
     checkpoint = read_checkpoint(request, token)
     config = dict(options.config if options.config else checkpoint.config)
-    config.update(options.config_overrides or {})
-    check_config(config)
-    dtype = resolve_dtype(options.dtype, config, checkpoint.records)
+    check_config({**config, **(options.config_overrides or {})})
     code = None
     if request.trust_remote_code and needs_code(config):
         found = find_code(checkpoint.source, token, config)
         code = import_code(found, checkpoint.source, token)
+    config = override(config, options.config_overrides or {}, code)
+    dtype = resolve_dtype(options.dtype, config, checkpoint.records)
     attention = attention_to_plan_with(options.attn_implementation)
     unlisted = unlisted_anatomy(config, dtype=dtype, attn_implementation=attention, code=code)
     quantized = settle(config, options.quantization, requantize=options.requantize)

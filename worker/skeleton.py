@@ -67,6 +67,9 @@ _MORE_INFO: dict[str, Any] = (
 _STATE_KINDS = ("conv", "linear_attention")
 _KINDS_WITHOUT_KEYS = (*_STATE_KINDS, "mlp", "moe")
 
+# How a mixture's experts are computed: in a config, as transformers takes it there, though it never writes it.
+EXPERTS_IMPLEMENTATION = "experts_implementation"
+
 
 # Parts of configs whose models take more than text; what `TEXT_PARTS` has is the text's config by then.
 _MORE_THAN_TEXT = {"text_config", "vision_config", "audio_config"}
@@ -257,6 +260,19 @@ def parse_config(config: Mapping[str, Any], code: ModelCode | None = None) -> Pr
 
     code: the checkpoint's own, where it may run. Raises UnsupportedModelError, InvalidRequestError.
     """
+    parsed = whole_config(config, code)
+    part = TEXT_PARTS.get(str(config.get("model_type"))) if code is None else None
+    if part is None:
+        return parsed
+    text = parsed.get_text_config()
+    # As AutoModelForCausalLM does.
+    if (quantization := getattr(parsed, "quantization_config", None)) is not None:
+        text.quantization_config = _skipping_as_text(quantization, part.prefixes)
+    return text
+
+
+def whole_config(config: Mapping[str, Any], code: ModelCode | None = None) -> PreTrainedConfig:
+    """As `parse_config`, but of a model with images all of it."""
     model_type = config.get("model_type")
     config_class = None if code is None else code.config_class
     if config_class is None and (not isinstance(model_type, str) or model_type not in CONFIG_MAPPING):
@@ -270,18 +286,14 @@ def parse_config(config: Mapping[str, Any], code: ModelCode | None = None) -> Pr
             f"config.json names model type {model_type!r} (architectures {architectures}), which the installed "
             "transformers doesn't know: is it a transformers checkpoint, or does it need a newer release?"
         )
-    part = TEXT_PARTS.get(str(model_type)) if code is None else None
     try:
         # A file has infinity as an object of its own, which transformers resolves as it reads one.
         values = PreTrainedConfig._decode_special_floats(dict(config))
-        parsed = (config_class or CONFIG_MAPPING[model_type]).from_dict(values)
-        if part is None:
-            return parsed
-        text = parsed.get_text_config()
-        # As AutoModelForCausalLM does.
-        if (quantization := getattr(parsed, "quantization_config", None)) is not None:
-            text.quantization_config = _skipping_as_text(quantization, part.prefixes)
-        return text
+        parsed: PreTrainedConfig = (config_class or CONFIG_MAPPING[model_type]).from_dict(values)
+        if EXPERTS_IMPLEMENTATION in values:
+            # Again, now that the configs of its parts are there.
+            parsed._experts_implementation = values[EXPERTS_IMPLEMENTATION]
+        return parsed
     except Exception as error:
         raise InvalidRequestError(f"config.json is not a valid {model_type} config: {one_line(error)}") from error
 
@@ -337,7 +349,10 @@ def build_skeleton(
     listed. `code`: the checkpoint's own.
     Raises UnsupportedModelError and InvalidRequestError.
     """
+    experts_implementation = getattr(config, "_experts_implementation", None)
     config = type(config).from_dict(config.to_dict())
+    # Which a config's dict never has.
+    config._experts_implementation = experts_implementation
     anatomy = anatomy or anatomy_of(config.model_type)
     model_class = causal_class(config, code)
     if attn_implementation is not None:
@@ -374,6 +389,11 @@ def build_skeleton(
     )
     if quantize_experts:
         _separate_experts(skeleton)
+        if skeleton.separate and experts_implementation not in (None, "eager"):
+            raise InvalidRequestError(
+                f"experts_implementation={experts_implementation!r} is not for experts in 4 bits, which are computed "
+                "one by one: leave it out, or pass quantize_experts=False (--no-quantize-experts)"
+            )
     _check_anatomy(skeleton)
     return skeleton
 

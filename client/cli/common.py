@@ -99,6 +99,7 @@ _CHECKPOINT_OPTIONS: list[Callable[[Any], Any]] = [
         "--max-memory", multiple=True, metavar="DEVICE=BYTES", help="Limit of a device, e.g. 0=20GiB; or a JSON object."
     ),
     click.option("--attn-implementation", help='"sdpa", "eager", "flash_attention_2", …'),
+    click.option("--experts-implementation", help='How a mixture\'s experts are computed: "eager", "grouped_mm", …'),
     click.option("--trust-remote-code", is_flag=True, default=None, help="Run the checkpoint's own code."),
     click.option("--cache-dir", help="Folder for the Hub's files, where the gateway runs."),
     click.option(
@@ -118,6 +119,7 @@ _AS_GIVEN = (
     "reserve_tokens",
     "dtype",
     "attn_implementation",
+    "experts_implementation",
     "quantize_experts",
     "requantize",
 )

@@ -2,7 +2,8 @@
 
     ShardliftError
     ├── InvalidRequestError            an argument that can't be meant
-    │   └── InvalidDeviceMapError      a device map or memory limit that can't be met as written
+    │   ├── InvalidDeviceMapError      a device map or memory limit that can't be met as written
+    │   └── UnknownArgumentError       an argument of a name that nothing has
     ├── CheckpointError                what was asked for can't be loaded
     │   ├── CheckpointNotFoundError    no such repository, folder, revision or file
     │   ├── GatedCheckpointError       the Hub wants a token, or a better one
@@ -40,6 +41,10 @@ class InvalidRequestError(ShardliftError, ValueError):
 
 class InvalidDeviceMapError(InvalidRequestError):
     """A device map or memory limit that can't be met as written."""
+
+
+class UnknownArgumentError(InvalidRequestError, TypeError):
+    """An argument of a name that nothing has. A TypeError, too, which is what Python raises for such."""
 
 
 class CheckpointError(ShardliftError):

@@ -17,6 +17,7 @@ _MOST_MESSAGE_BYTES = 3000
 _CODES: dict[type[errors.ShardliftError], int] = {
     errors.InvalidRequestError: code_pb2.INVALID_ARGUMENT,
     errors.InvalidDeviceMapError: code_pb2.INVALID_ARGUMENT,
+    errors.UnknownArgumentError: code_pb2.INVALID_ARGUMENT,
     errors.CheckpointError: code_pb2.FAILED_PRECONDITION,
     errors.CheckpointNotFoundError: code_pb2.NOT_FOUND,
     errors.GatedCheckpointError: code_pb2.PERMISSION_DENIED,

@@ -41,10 +41,14 @@ def specs(
     requantize: bool = False,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    model: ModelOptions | None = None,
 ) -> list[StageSpec]:
-    """Specs of the stages that end before the layers `ends`; the last one takes the rest. All on one device."""
+    """Specs of the stages that end before the layers `ends`; the last one takes the rest. All on one device.
+
+    model: in place of the options that are given one by one.
+    """
     ends = [*ends, -1]
-    options = ModelOptions(
+    options = model or ModelOptions(
         dtype=dtype,
         quantization=quantization,
         attn_implementation=attn_implementation,
