@@ -577,7 +577,13 @@ def test_ctrl_c_cancels_a_load(gateway: ScriptedGateway) -> None:
 
     gateway.expect("LoadModel", play)
     process = subprocess.Popen(
-        command("load", "org/tiny"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+        command("load", "org/tiny"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ),
+        # A shell has what it starts with & ignore Ctrl-C, and so whatever that starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with process:
         try:
