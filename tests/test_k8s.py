@@ -564,6 +564,7 @@ def test_the_containers_commands_run(hub: HubServer, smollm2_folder: Path, tmp_p
         # What `kubectl logs` shows of it.
         told = "warning: the gateway listens on 0.0.0.0 without TLS: its token travels in plain text"
         eventually(lambda: told in (tmp_path / "gateway.log").read_text().splitlines(), "it is not warned", 30)
+        eventually(lambda: "gateway-started: serving on" in (tmp_path / "gateway.log").read_text(), "no log", 30)
         eventually(
             lambda: "Ray runtime started" in (tmp_path / "worker.log").read_text(), "no node for the stages", 120
         )
@@ -572,6 +573,7 @@ def test_the_containers_commands_run(hub: HubServer, smollm2_folder: Path, tmp_p
         assert "smollm at 127.0.0.1" in done.stdout
         assert "Paris" in done.stdout
         assert serves("smollm")
+        eventually(lambda: "load-ready: " in (tmp_path / "gateway.log").read_text(), "the load isn't in the log", 30)
         parts = list((tmp_path / "cache" / "parts").glob("*.safetensors"))
         assert len(parts) == 2, "the stages' quantized parts lie in the volume"
 
