@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from ..proto.v1 import status
 from ..proto.v1.errors import GatewayUnavailableError, InternalError, InvalidRequestError, ShardliftError
 from . import channel
+from .follow import Follower
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 120.0
@@ -50,6 +51,8 @@ class Instance:
     security: Mapping[str, Any] | None = None
     # URL of the page that shows the cluster.
     page: str | None = None
+    # Where the gateway's log lines are, on its machine.
+    log_file: str | None = None
     # For how long a stop lets running calls go on.
     grace_s: float = 0.0
     # What its start had to say, one line each; told once, and not recorded.
@@ -247,14 +250,20 @@ def _take_down(arguments: list[str], limit_s: float | None) -> dict[str, Any]:
     return last_json_line(done.stdout) or {}
 
 
-def keep(on_change: Callable[[Instance | ShardliftError], None], **options: Any) -> None:
+def keep(
+    on_change: Callable[[Instance | ShardliftError], None],
+    on_line: Callable[[str], None] = lambda line: None,
+    **options: Any,
+) -> None:
     """As `start`, with its arguments, but stays: a gateway that has gone is started again, and a cluster that isn't
     there is waited for. KeyboardInterrupt ends it, and stops the gateway.
 
-    `on_change` is told of each start, and of each that failed for now. Raises what the first start failed with for
-    good, and what the stop failed with.
+    `on_change` is told of each start, and of each that failed for now; `on_line` each line of the gateway's log, where
+    that is on this machine. Raises what the first start failed with for good, and what the stop failed with.
     """
     was_up = False
+    # From before the start on, of which it tells, too.
+    log = Follower(home() / "gateway.log")
     try:
         while True:
             try:
@@ -267,15 +276,21 @@ def keep(on_change: Callable[[Instance | ShardliftError], None], **options: Any)
                 continue
             was_up = True
             on_change(running)
-            _watch(running)
+            if running.log_file is not None and Path(running.log_file) != log.path:
+                log = Follower(Path(running.log_file))
+            _watch(running, log, on_line)
     except KeyboardInterrupt:
         stop()
+        for line in log.lines():
+            on_line(line)
 
 
-def _watch(running: Instance) -> None:
+def _watch(running: Instance, log: Follower, on_line: Callable[[str], None]) -> None:
     """Returns once the gateway has gone."""
     misses = 0
     while misses < _MISSES:
+        for line in log.lines():
+            on_line(line)
         time.sleep(_WATCH_S)
         misses = 0 if _answers(running) else misses + 1
 
@@ -342,6 +357,7 @@ def _from_dict(values: dict[str, Any]) -> Instance:
         health=values.get("health"),
         security=values.get("security"),
         page=values.get("page"),
+        log_file=values.get("log_file"),
         grace_s=float(values.get("grace_s") or 0.0),
         warnings=tuple(values.get("warnings") or ()),
     )

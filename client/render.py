@@ -158,10 +158,14 @@ def show_models(models: Iterable[ModelInfo]) -> None:
 
 
 class LoadProgress:
-    """Shows a load on stderr: a bar per stage on a terminal, else a line per stage now and then."""
+    """Shows a load on stderr: a bar per stage on a terminal, else a line per stage now and then.
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    with_summary: at its end, what it took. Who shows the model afterwards (`show_model`) tells that there.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, with_summary: bool = True) -> None:
         self._stream = stream or sys.stderr
+        self._with_summary = with_summary
         self._bars: Progress | None = None
         self._tasks: dict[int, TaskID] = {}
         self._places: dict[int, str] = {}
@@ -214,7 +218,7 @@ class LoadProgress:
                 self._progress(event)
             case ModelInfo():
                 self._say(f"{event.name} is ready after {event.load_seconds:.1f} s")
-                for line in load_summary(event):
+                for line in load_summary(event) if self._with_summary else ():
                     self._say(line)
 
     def _progress(self, event: StageProgress) -> None:

@@ -34,7 +34,7 @@ class Controller:
 
     async def __init__(self, options: GatewayOptions) -> None:  # type: ignore[misc]
         # Asynchronous, which Ray allows, for the sake of the event loop.
-        logs.configure(options.log)
+        logs.configure(options.log, file=options.log_file)
         tracing.configure("shardlift-gateway")
         self._options = options
         self._stopping: asyncio.Task[None] | None = None

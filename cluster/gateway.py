@@ -259,7 +259,7 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
         self, request: registry_pb2.WatchClusterRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[registry_pb2.WatchClusterResponse]:
         try:
-            limits.check_model(readable(request).model)
+            limits.check_watch(readable(request))
             async for view in self._lookout.watch(request.model, request.interval_s):
                 yield registry_pb2.WatchClusterResponse(cluster=view)
         except Exception as error:
@@ -308,9 +308,12 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
     async def DrainNode(
         self, request: registry_pb2.DrainNodeRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[registry_pb2.DrainNodeResponse]:
+        try:
+            limits.check_node(readable(request).node)
+        except InvalidRequestError as error:
+            await _abort(context, error)
         events = self._registry.drain(request.node)
         try:
-            limits.check_model(request.node)
             async for event in events:
                 yield event
         except Exception as error:
@@ -322,7 +325,7 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
         self, request: registry_pb2.UndrainNodeRequest, context: grpc.aio.ServicerContext
     ) -> registry_pb2.UndrainNodeResponse:
         try:
-            limits.check_model(request.node)
+            limits.check_node(request.node)
             return registry_pb2.UndrainNodeResponse(node=await self._registry.undrain(request.node))
         except Exception as error:
             return await _abort(context, error)
@@ -331,8 +334,9 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
         self, request: registry_pb2.DiagnoseClusterRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[registry_pb2.DiagnoseClusterResponse]:
         try:
+            limits.check_diagnose(readable(request))
             yield registry_pb2.DiagnoseClusterResponse(version=__version__)
-            async for findings in diagnose(readable(request).timeout_s, self._registry.models()):
+            async for findings in diagnose(request.timeout_s, self._registry.models()):
                 yield registry_pb2.DiagnoseClusterResponse(findings=[finding.message() for finding in findings])
         except Exception as error:
             await _abort(context, error)

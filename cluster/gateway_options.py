@@ -20,7 +20,8 @@ class GatewayOptions:
     says in plain text whether it serves, and nothing else. stage_tls: the stages', whose files lie on every node.
     allow_remote_code: whether a request with trust_remote_code=True is listened to. page_port: of the page; None takes
     the one after the gateway's, or does without where that is taken; a negative one does without. log: of gateway and
-    workers. grace_s: for calls under way when the gateway is told to stop.
+    workers. log_file: for the gateway's lines, beside its stderr. grace_s: for calls under way when the gateway is told
+    to stop.
     """
 
     host: str = "127.0.0.1"
@@ -33,6 +34,7 @@ class GatewayOptions:
     allow_remote_code: bool = False
     page_port: int | None = None
     log: LogSettings = LogSettings()  # noqa: RUF009 - a value
+    log_file: str | None = None
     grace_s: float = GRACE_S
 
     def lacking(self, actual: GatewayOptions, explicit: Collection[str] = ()) -> list[str]:

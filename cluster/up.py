@@ -1,9 +1,9 @@
 """`python -m shardlift.cluster.up`: a gateway, on a Ray of its own or on a cluster that is there.
 
-Prints one JSON line, {"address", "pid", "ray_address", "token_file", "health", "page", "warnings"}, once it serves; or
-{"error", "message"} and exits with 1. "health" is where a gateway with TLS answers health checks in plain text, "page"
-the URL of its page, "warnings" what its operator should know. On a Ray of its own it stays, as that Ray's parent, until
-SIGTERM, and takes everything down with it.
+Prints one JSON line, {"address", "pid", "ray_address", "token_file", "health", "page", "log_file", "grace_s",
+"warnings"}, once it serves; or {"error", "message"} and exits with 1. "health" is where a gateway with TLS answers
+health checks in plain text, "page" the URL of its page, "warnings" what its operator should know. On a Ray of its own
+it stays, as that Ray's parent, until SIGTERM, and takes everything down with it.
 
 A gateway that runs already is taken as it is, as far as nothing else was asked for.
 """
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         log = logs.LogSettings.of(options.log_format, options.log_level)
         logs.configure(log)
         logging.getLogger(_PACKAGE).addHandler(told)
-        asked = replace(_gateway_options(options), log=log)
+        asked = replace(_gateway_options(options), log=log, log_file=str(home() / "gateway.log"))
         if options.ray_address:
             _join(options.ray_address)
         else:
@@ -80,6 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         "token_file": actual.token_file,
         "health": _health_address(actual),
         "page": running.page or None,
+        "log_file": actual.log_file,
         "grace_s": actual.grace_s,
         "warnings": [*told.lines, *running.warnings],
     }

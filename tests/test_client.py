@@ -1394,6 +1394,29 @@ def test_a_gateway_that_is_kept_is_started_again(tmp_path: Path, monkeypatch: py
     assert instance.recorded() is None
 
 
+def test_the_log_of_a_gateway_that_is_kept_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instance, "_WATCH_S", 0.01)
+    log = instance.home() / "gateway.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("of another day\n")
+    lines: list[str] = []
+    with ScriptedGateway() as gateway:
+        ready = json.dumps({"address": gateway.address, "ray_address": "a:1", "log_file": str(log)})
+        fake_python(tmp_path, monkeypatch, f"echo started >> {log}; echo '{ready}'")
+
+        def tell(line: str) -> None:
+            lines.append(line)
+            if line == "started" and len(lines) == 1:
+                with log.open("a") as file:
+                    file.write("later\n")
+            elif line == "later":
+                raise KeyboardInterrupt
+
+        instance.keep(lambda _: None, tell, ray_address="a:1")
+    # The last is what `down` makes of it here.
+    assert lines == ["started", "later", "started"]
+
+
 def test_a_gateway_that_cannot_be_kept_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = json.dumps({"error": "InvalidRequestError", "message": "port 50051 is taken"})
     fake_python(tmp_path, monkeypatch, f"echo '{said}'; exit 1")

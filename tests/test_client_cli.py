@@ -358,6 +358,20 @@ def test_load_json(gateway: ScriptedGateway) -> None:
     assert values["stages"][0]["measured_bytes"] == (3 << 30) + 512
 
 
+def test_what_a_load_took_is_told_once(gateway: ScriptedGateway) -> None:
+    """Whoever collects both streams in one file, as a job's log does, reads it once."""
+    for words in ((), ("--json",)):
+        ready = registry_pb2.ModelInfo()
+        ready.CopyFrom(LOAD[-1].ready)
+        ready.residency[0].load.seconds = 1.5
+        gateway.answer("LoadModel", *LOAD[:-1], registry_pb2.LoadModelResponse(ready=ready))
+        gateway.answer("GetModel", registry_pb2.GetModelResponse(model=ready))
+        done = run("load", "org/tiny", *words)
+        assert done.exit_code == 0, done.output
+        assert (done.stdout + done.stderr).count("bottleneck: ") == 1
+        assert ("bottleneck: " in done.stderr) is bool(words)
+
+
 def test_load_that_fails(gateway: ScriptedGateway) -> None:
     gateway.answer("LoadModel", LOAD[0], error=errors.CheckpointNotFoundError("no repository org/tiny"))
     done = run("load", "org/tiny")
@@ -569,10 +583,17 @@ def test_sigterm_stops_a_gateway_that_is_kept(gateway: ScriptedGateway, tmp_path
     assert down == "-m shardlift.cluster.down --json"
 
 
-def test_ctrl_c_cancels_a_load(gateway: ScriptedGateway) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "last"),
+    [
+        (signal.SIGINT, 130, None),
+        (signal.SIGTERM, 143, "SIGTERM: the load is cancelled, and gives back what it took"),  # as `ray job stop` sends
+    ],
+)
+def test_a_signal_cancels_a_load(gateway: ScriptedGateway, number: signal.Signals, code: int, last: str | None) -> None:
     def play(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         yield LOAD[0]
-        os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, number)
         gateway.calls[-1].over.wait(30)
 
     gateway.expect("LoadModel", play)
@@ -590,8 +611,9 @@ def test_ctrl_c_cancels_a_load(gateway: ScriptedGateway) -> None:
             out, err = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode == 130
+    assert process.returncode == code
     assert out == ""
     assert "Traceback" not in err
+    assert last is None or err.splitlines()[-1] == last
     assert gateway.calls[-1].over.wait(10)
     assert gateway.calls[-1].cancelled

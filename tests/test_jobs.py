@@ -93,6 +93,7 @@ def test_a_job_leaves_its_model_resident(head: tuple[str, dict[str, str]], tmp_p
     job = submit(*head, ("shardlift", "load", str(folder), "--name", "from-a-job", *flags))
     assert job.returncode == 0, job.stdout + job.stderr
     assert "from-a-job" in job.stdout
+    assert job.stdout.count("bottleneck: ") == 1
 
     ids = [list(range(5, 17))]
     fresh = run(head, sys.executable, "-c", FRESH_PROCESS, json.dumps(ids))
@@ -165,6 +166,7 @@ def test_a_job_that_is_stopped_leaves_nothing(
         assert settled(jobs, job) == "STOPPED"
         log = jobs.get_job_logs(job)
         assert "stage 0" in log
+        assert "SIGTERM: the load is cancelled" in log
         assert not {"\x1b", "\r"} & set(log), "a log is no terminal"
         eventually(lambda: listed(head) == [], "its load goes on", 60)
     resources = run(head, sys.executable, "-c", RESOURCES)

@@ -41,7 +41,8 @@ VALIDATOR_NEEDS = ("yaml", "jsonschema", "kubernetes_validate", "celpy", "refere
 # Made by hand or by k8s/secrets; and for k8s/load, the cluster that is there.
 EXTERNAL = (
     *("Secret/shardlift-tokens", "Secret/shardlift-hub", "RayCluster/shardlift"),
-    *("Secret/shardlift-gateway-tls", "Secret/shardlift-stage-tls"),  # where TLS is, cert-manager's
+    # Where TLS is, cert-manager's.
+    *("Secret/shardlift-gateway-tls", "Secret/shardlift-stage-tls", "Secret/shardlift-ray-ca"),
 )
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,6 +59,7 @@ ROOTS = sorted(
     if "kind: Kustomization" in file.read_text(encoding="utf-8")
 )
 ENCRYPTED = ["overlays/secure", "overlays/production"]
+RAY_TLS = ("RAY_USE_TLS", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
 CLUSTERS = [root for root in ROOTS if root.startswith("overlays/") or root == "job"]
 
 needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="kubectl is not installed (the dev extra brings it)")
@@ -282,11 +284,39 @@ def test_tls_files_lie_where_they_are_looked_for(root: str) -> None:
 
 
 @needs_kubectl
+@pytest.mark.parametrize("root", CLUSTERS)
+def test_whoever_speaks_to_ray_speaks_tls_or_nobody_does(root: str) -> None:
+    """Every container with Ray in it, and the autoscaler: with a certificate that its pod has made for itself."""
+    cluster = ray_cluster(root)
+    speakers, made = [], []
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        speakers += pod["containers"]
+        made += [each for each in pod.get("initContainers", ()) if each["name"] == "ray-certificate"]
+    speakers += [cluster["autoscalerOptions"]] if "autoscalerOptions" in cluster else []
+    if root not in ENCRYPTED:
+        assert made == []
+        assert [each for each in speakers if set(RAY_TLS) & set(env(each))] == []
+        return
+    assert len(made) == 1 + len(cluster["workerGroupSpecs"])
+    assert all(each == made[0] for each in made)
+    for each in speakers:
+        given = [env(each)[name] for name in RAY_TLS]
+        assert given[0] == "1"
+        folders = {Path(file).parent.as_posix() for file in given[1:]}
+        mounts = {mount["mountPath"]: mount for mount in each["volumeMounts"]}
+        assert [mounts[folder]["name"] for folder in folders] == ["ray-certificate"]
+        assert "/run/ray-ca" not in mounts, "the CA's key is where certificates are made, and nowhere else"
+        assert [Path(file).name for file in given[1:]] == ["tls.crt", "tls.key", "ca.crt"]
+    assert made[0]["image"] == cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["image"]
+
+
+@needs_kubectl
 @pytest.mark.parametrize("root", ROOTS)
 def test_environment_variables_are_the_codes(root: str) -> None:
     table = set(re.findall(r"^\| `(\w+)` \|", README.partition("## Configuration")[2], flags=re.MULTILINE))
     known = table | {"HF_HOME", "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "REDISCLI_AUTH"}
-    known |= {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"}
+    known |= {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", *RAY_TLS}
     for where, container, _ in containers(root):
         assert set(env(container)) <= known, where
 
@@ -360,7 +390,7 @@ def test_pods_are_restricted(root: str) -> None:
         assert pod["automountServiceAccountToken"] is ("headGroupSpec" in where and asks_kubernetes), where
         # A Service's SHARDLIFT_PORT is no port.
         assert pod["enableServiceLinks"] is False, where
-        for container in pod["containers"]:
+        for container in (*pod["containers"], *pod.get("initContainers", ())):
             assert container["securityContext"]["allowPrivilegeEscalation"] is False, where
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}, where
     if root in CLUSTERS and (options := ray_cluster(root).get("autoscalerOptions")):
@@ -534,6 +564,7 @@ def test_the_containers_commands_run(hub: HubServer, smollm2_folder: Path, tmp_p
         # What `kubectl logs` shows of it.
         told = "warning: the gateway listens on 0.0.0.0 without TLS: its token travels in plain text"
         eventually(lambda: told in (tmp_path / "gateway.log").read_text().splitlines(), "it is not warned", 30)
+        eventually(lambda: "gateway-started: serving on" in (tmp_path / "gateway.log").read_text(), "no log", 30)
         eventually(
             lambda: "Ray runtime started" in (tmp_path / "worker.log").read_text(), "no node for the stages", 120
         )
@@ -542,6 +573,7 @@ def test_the_containers_commands_run(hub: HubServer, smollm2_folder: Path, tmp_p
         assert "smollm at 127.0.0.1" in done.stdout
         assert "Paris" in done.stdout
         assert serves("smollm")
+        eventually(lambda: "load-ready: " in (tmp_path / "gateway.log").read_text(), "the load isn't in the log", 30)
         parts = list((tmp_path / "cache" / "parts").glob("*.safetensors"))
         assert len(parts) == 2, "the stages' quantized parts lie in the volume"
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,38 @@ EXCESSES: list[tuple[str, str, Request, grpc.StatusCode, str]] = [
         INVALID,
         "idle_timeout_s=-1",
     ),
+    *(
+        (
+            f"a time to wait, {seconds}",
+            "DiagnoseCluster",
+            partial(registry_pb2.DiagnoseClusterRequest, timeout_s=seconds),
+            INVALID,
+            f"timeout_s={seconds:g}: write a number of seconds from 0 to 86,400",
+        )
+        for seconds in (float("nan"), -1.0, float("inf"), 86_401.0)
+    ),
+    *(
+        (
+            f"a time between looks, {seconds}",
+            "WatchCluster",
+            partial(registry_pb2.WatchClusterRequest, interval_s=seconds),
+            INVALID,
+            f"interval_s={seconds:g}",
+        )
+        for seconds in (float("nan"), -1.0, float("inf"), 86_401.0)
+    ),
+    ("a watched name", "WatchCluster", lambda: registry_pb2.WatchClusterRequest(model="x" * 257), INVALID, "257"),
+    (
+        "a node",
+        "DrainNode",
+        lambda: registry_pb2.DrainNodeRequest(node="x" * 1000),
+        INVALID,
+        "the node's name has 1,000",
+    ),
+    ("a node", "UndrainNode", lambda: registry_pb2.UndrainNodeRequest(node="x" * 257), INVALID, "the node's name"),
+    ("no message, of a node", "DrainNode", lambda: b"\xff\xff", INVALID, "can't be read"),
+    ("no message, of a watch", "WatchCluster", lambda: b"\xff\xff", INVALID, "can't be read"),
+    ("no message, of a diagnosis", "DiagnoseCluster", lambda: b"\xff\xff", INVALID, "can't be read"),
     ("a path", "LoadModel", lambda: load(path="x" * 4097), INVALID, "the path has 4,097"),
     ("a revision", "LoadModel", lambda: load(path="x", revision="x" * 1025), INVALID, "revision has 1,025"),
     ("a config", "LoadModel", lambda: load(path="x", config_json="x" * (1 << 20 | 1)), INVALID, "config has 1,048,577"),
@@ -278,7 +311,7 @@ EXCESSES: list[tuple[str, str, Request, grpc.StatusCode, str]] = [
     ("sessions", "LoadModel", lambda: load(path="x", max_sessions=65_537), INVALID, "65,537 max_sessions"),
     ("reserved", "LoadModel", lambda: load(path="x", reserve_tokens=1 << 63), INVALID, "reserve_tokens"),
 ]
-_REGISTRY = {"ListModels", "GetModel", "LoadModel", "PlanModel"}
+_REGISTRY = {method.name for method in registry_pb2.DESCRIPTOR.services_by_name["ModelRegistryService"].methods}
 
 
 async def failure(channel: grpc.aio.Channel, method: str, message: Any, **options: Any) -> grpc.aio.AioRpcError:
@@ -501,6 +534,7 @@ def test_the_page_has_the_codes_numbers() -> None:
         ("`generator_state`", [generator_state.STATE_BYTES]),
         ("`bad_words_ids`", [limits.MOST_TOKEN_LISTS]),
         ("a model's name", [limits.MOST_NAME_CHARACTERS, limits.MOST_PATH_CHARACTERS, limits.MOST_WORD_CHARACTERS]),
+        ("`timeout_s`", [int(limits.MOST_SECONDS)]),
         ("`config`", [limits.MOST_JSON_CHARACTERS]),
         ("entries of", [limits.MOST_MAP_ENTRIES]),
         ("`num_stages`", [limits.MOST_STAGES, limits.MOST_SESSIONS]),

@@ -89,6 +89,28 @@ def test_text_lines_end_with_what_they_are_about(lines: Any) -> None:
     assert second.endswith("INFO shardlift.x: once"), "configured anew, not twice"
 
 
+def test_a_file_has_the_same_lines_and_stays_bounded(
+    lines: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = lines(LogSettings())
+    file = tmp_path / "gateway.log"
+    logs.configure(LogSettings(), stream=stream, file=str(file))
+    logger = logging.getLogger(f"{PACKAGE}.x")
+    logger.info("told twice")
+    assert file.read_text() == stream.getvalue()
+    monkeypatch.setattr(logs, "_MOST_FILE_BYTES", 1000)
+    logs.configure(LogSettings(), stream=stream, file=str(file))
+    for _ in range(100):
+        logger.info("x" * 100)
+    kept = [each.stat().st_size for each in tmp_path.iterdir()]
+    assert len(kept) == 2
+    assert max(kept) <= 1000
+    # Where there is no such folder there is no file, and it serves all the same.
+    logs.configure(LogSettings(), stream=stream, file=str(tmp_path / "not" / "there"))
+    assert stream.getvalue().splitlines()[-1].endswith("No such file or directory")
+    logs.configure(LogSettings(), stream=stream)
+
+
 def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert LogSettings.of() == LogSettings(format="text", level="INFO")
     monkeypatch.setenv("SHARDLIFT_LOG_FORMAT", "json")

@@ -162,5 +162,5 @@ def logs(instance: dict[str, object]) -> list[Path]:
         if word.startswith(("--session_dir=", "--session-dir="))
     )
     home = Path(os.environ["SHARDLIFT_HOME"])
-    own = [home / "up.log", home / "up.out", home / "instance.json"]
+    own = [home / "up.log", home / "up.out", home / "instance.json", home / "gateway.log"]
     return [*own, *(each for each in (session / "logs").rglob("*") if each.is_file() and not each.is_symlink())]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import logging.handlers
 import os
 import sys
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ FORMATS = ("text", "json")
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 # What a line may be about, in this order.
 SUBJECTS = ("model", "load_id", "stage", "session")
+# Of a file of lines, before another is begun: it may lie in memory (k8s/base).
+_MOST_FILE_BYTES = 2 << 20
 
 _noted: ContextVar[Mapping[str, str]] = ContextVar("shardlift_log_subjects")
 
@@ -44,20 +47,38 @@ class LogSettings:
 
 
 def configure(
-    settings: LogSettings, subjects: Mapping[str, str] | None = None, *, stream: TextIO | None = None
+    settings: LogSettings,
+    subjects: Mapping[str, str] | None = None,
+    *,
+    stream: TextIO | None = None,
+    file: str | None = None,
 ) -> None:
     """Has this package's loggers write to `stream` (stderr), each line about `subjects`. Called again, it replaces
-    what it did before."""
+    what it did before.
+
+    file: for the same lines once more, where it can be written; it and the one before it (`.1`) are bounded.
+    """
     logger = logging.getLogger(__name__.split(".", maxsplit=1)[0])
     for handler in list(logger.handlers):
-        if isinstance(handler, _Handler):
+        if isinstance(handler, (_Handler, _FileHandler)):
             logger.removeHandler(handler)
-    own = _Handler(stream or sys.stderr)
-    own.setFormatter((_Json if settings.format == "json" else _Text)(subjects or {}))
-    logger.addHandler(own)
+            handler.close()
+    handlers: list[logging.Handler] = [_Handler(stream or sys.stderr)]
+    trouble: OSError | None = None
+    if file is not None:
+        try:
+            handlers.append(_FileHandler(file, maxBytes=_MOST_FILE_BYTES, backupCount=1, encoding="utf-8"))
+        except OSError as error:
+            # Another machine's folder, perhaps: the lines are on stderr.
+            trouble = error
+    for own in handlers:
+        own.setFormatter((_Json if settings.format == "json" else _Text)(subjects or {}))
+        logger.addHandler(own)
     logger.setLevel(settings.level)
     # Whoever set up the root logger would write each line once more.
     logger.propagate = False
+    if trouble is not None:
+        logger.info("the log isn't kept at %s: %s", file, trouble.strerror)
 
 
 def note(**subjects: str) -> None:
@@ -66,6 +87,10 @@ def note(**subjects: str) -> None:
 
 
 class _Handler(logging.StreamHandler):
+    pass
+
+
+class _FileHandler(logging.handlers.RotatingFileHandler):
     pass
 
 

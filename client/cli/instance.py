@@ -95,7 +95,8 @@ def up(
 
     if block:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        instance.keep(tell, **options)
+        # On stderr, where `kubectl logs` finds them beside what this process says itself.
+        instance.keep(tell, lambda line: click.echo(line, err=True), **options)
     else:
         tell(instance.start(**options))  # type: ignore[arg-type]
 

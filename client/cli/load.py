@@ -8,6 +8,7 @@ import click
 
 from ..render import LoadProgress, show_model
 from .common import as_json, checkpoint, checkpoint_arguments, gateway, open_client, print_json
+from .ending import ended_by_sigterm
 
 _AS_GIVEN = ("staging_budget", "connections", "max_sessions", "max_waiting", "idle_timeout_s", "trace")
 
@@ -39,7 +40,8 @@ _AS_GIVEN = ("staging_budget", "connections", "max_sessions", "max_waiting", "id
 def load(path: str, name: str | None, address: str | None, token_file: str | None, json_: bool, **values: Any) -> None:
     """Loads the checkpoint PATH ("org/name", a folder or a URL) and says where it is.
 
-    Starts a gateway here when none is named and none runs; inside a Ray job, on the job's cluster. Ctrl-C cancels.
+    Starts a gateway here when none is named and none runs; inside a Ray job, on the job's cluster. Ctrl-C cancels, as
+    does SIGTERM, which `ray job stop` sends.
     """
     arguments = {
         **checkpoint_arguments(values),
@@ -47,8 +49,9 @@ def load(path: str, name: str | None, address: str | None, token_file: str | Non
         "part_cache": not values["no_cache"],
         "batching": not values["no_batching"],
     }
-    with open_client(address, token_file, start=True) as client:
-        with LoadProgress() as progress:
+    said = "the load is cancelled, and gives back what it took"
+    with ended_by_sigterm(said), open_client(address, token_file, start=True) as client:
+        with LoadProgress(with_summary=json_) as progress:
             info = client.load(path, name=name, on_event=progress.show, **arguments).info()
         if json_:
             print_json({"address": client.address, **info.to_dict()})

@@ -1,6 +1,6 @@
 """The `shardlift` command: its subcommands, and how failures end it.
 
-Exit codes: 0 success, 1 a failure (one line on stderr), 2 a wrong command line, 130 Ctrl-C.
+Exit codes: 0 success, 1 a failure (one line on stderr), 2 a wrong command line, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from .cache import cache
 from .chat import chat
 from .convert import convert
 from .doctor import doctor
+from .ending import TERMINATED, Terminated
 from .generate import generate
 from .instance import down, up
 from .load import load
@@ -41,6 +42,9 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except (ShardliftError, TimeoutError) as error:
             raise _Failure(one_line(error)) from None
+        except Terminated as ended:
+            click.echo(f"SIGTERM: {ended}", err=True)
+            raise click.exceptions.Exit(TERMINATED) from None
         except (KeyboardInterrupt, click.Abort):
             raise click.exceptions.Exit(INTERRUPTED) from None
 

@@ -47,8 +47,27 @@ MOST_SESSIONS = 1 << 16
 MOST_RESERVED_TOKENS = 1 << 40
 
 
+# -- of looking at a cluster -------------------------------------------------------------------------------------------
+
+# Of a request that waits: a day is as good as for ever, and what is no number would wait for nothing, or for ever.
+MOST_SECONDS = 86_400.0
+
+
 def check_model(name: str) -> None:
     _characters("the model's name", name, MOST_NAME_CHARACTERS)
+
+
+def check_node(name: str) -> None:
+    _characters("the node's name", name, MOST_NAME_CHARACTERS)
+
+
+def check_watch(request: registry_pb2.WatchClusterRequest) -> None:
+    check_model(request.model)
+    _seconds("interval_s", request.interval_s)
+
+
+def check_diagnose(request: registry_pb2.DiagnoseClusterRequest) -> None:
+    _seconds("timeout_s", request.timeout_s)
 
 
 def check_generate(request: inference_pb2.GenerateRequest) -> None:
@@ -208,6 +227,13 @@ def _ids(ids: Tensor) -> tuple[int, int]:
     rows, length = shape
     _at_most("rows in input_ids", rows, MOST_ROWS, "send fewer at once")
     return rows, length
+
+
+def _seconds(what: str, seconds: float) -> None:
+    if not 0 <= seconds <= MOST_SECONDS:
+        raise InvalidRequestError(
+            f"{what}={seconds:g}: write a number of seconds from 0 to {MOST_SECONDS:,.0f}, or leave it out"
+        )
 
 
 def _characters(what: str, text: str, most: int) -> None:

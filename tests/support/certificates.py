@@ -29,6 +29,10 @@ class Authority:
         certificate = certificate.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         self.file = self._write(f"{name}.crt", _pem(certificate.sign(self._key, hashes.SHA256())))
 
+    def key_file(self) -> str:
+        """Its own key, for whoever signs in its place."""
+        return self._write(f"{Path(self.file).stem}.key", _private_pem(self._key))
+
     def issue(
         self,
         name: str,
@@ -48,13 +52,10 @@ class Authority:
             .add_extension(alternatives, critical=False)
             .sign(self._key, hashes.SHA256())
         )
-        private = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
         return TLS(
             ca=self.file,
             cert=self._write(f"{name}.crt", _pem(certificate)),
-            key=self._write(f"{name}.key", private),
+            key=self._write(f"{name}.key", _private_pem(key)),
             name=tls_name,
         )
 
@@ -85,6 +86,12 @@ class Authority:
 
 def _pem(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
 
 
 def _alternative(host: str) -> x509.GeneralName:
