@@ -65,9 +65,9 @@ def output(assembly: Assembly, cache: Any, return_dict: bool | None) -> CausalLM
     return result.to_tuple() if return_dict is False else result
 
 
-def once(gateway: Gateway, asked: inference_pb2.ForwardRequest) -> Assembly:
+def once(gateway: Gateway, asked: inference_pb2.ForwardRequest, timeout_s: float | None = None) -> Assembly:
     """The logits of one pass that leaves nothing behind."""
-    call = gateway.inference_stream("Forward", iter([asked]))
+    call = gateway.inference_stream("Forward", iter([asked]), timeout_s)
     try:
         assembly = Assembly(part(_next(gateway, call), "logits").logits)
         while not assembly.complete:
