@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from ..proto.v1 import inference_pb2
-from ..proto.v1.errors import GatewayUnavailableError
+from ..proto.v1.errors import DeadlineExceededError, GatewayUnavailableError
 from .answer import Answer, Answered, Step
 from .async_gateway import AsyncGateway, cancel_with, receive
 from .deadline import Deadline
@@ -29,7 +29,7 @@ class AsyncGeneration(Answered, AsyncIterator[Step]):
         draws: bool = False,
         timeout_s: float | None = None,
     ) -> None:
-        """draws: from torch's global generator. timeout_s: until it is over, else it ends with TimeoutError."""
+        """draws: from torch's global generator. timeout_s: beyond which it ends with DeadlineExceededError."""
         super().__init__(Answer(asked, draws=draws))
         self._closed = False
         self._gateway = gateway
@@ -74,7 +74,7 @@ class AsyncGeneration(Answered, AsyncIterator[Step]):
             except GatewayUnavailableError as error:
                 await self._go_on(error)
                 return None
-            except TimeoutError:
+            except DeadlineExceededError:
                 raise self._deadline.error() from None
             self._patience.heard()
             return None if self._closed else self._answer.feed(response)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 
-from ..proto.v1.errors import InvalidRequestError
+from ..proto.v1.errors import DeadlineExceededError, InvalidRequestError
 
 
 class Deadline:
@@ -30,8 +30,8 @@ class Deadline:
     def passed(self) -> bool:
         return self._until is not None and self._clock() >= self._until
 
-    def error(self) -> TimeoutError:
-        return TimeoutError(
+    def error(self) -> DeadlineExceededError:
+        return DeadlineExceededError(
             f"model {self._model} was not done in timeout_s={self._timeout_s:g}, and what it held is freed: allow more "
             "time, or ask for fewer tokens"
         )

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 
 from ..proto.v1 import inference_pb2
-from ..proto.v1.errors import GatewayUnavailableError
+from ..proto.v1.errors import DeadlineExceededError, GatewayUnavailableError
 from .answer import Answer, Answered, Step
 from .deadline import Deadline
 from .gateway import Gateway
@@ -31,7 +31,7 @@ class Generation(Answered, Iterator[Step]):
         draws: bool = False,
         timeout_s: float | None = None,
     ) -> None:
-        """draws: from torch's global generator. timeout_s: until it is over, else it ends with TimeoutError."""
+        """draws: from torch's global generator. timeout_s: beyond which it ends with DeadlineExceededError."""
         super().__init__(Answer(asked, draws=draws))
         self._closed = False
         self._gateway = gateway
@@ -78,7 +78,7 @@ class Generation(Answered, Iterator[Step]):
             except GatewayUnavailableError as error:
                 self._go_on(error)
                 return None
-            except TimeoutError:
+            except DeadlineExceededError:
                 raise self._deadline.error() from None
             self._patience.heard()
             return None if self._closed else self._answer.feed(response)

@@ -239,7 +239,7 @@ class RemoteModel(DescribedModel):
         draws from torch's global generator, as it does for a local model; `seed` sets that for this call alone.
 
         `adapter` names the adapters to compute with, in place of the handle's own choice: one, several, or None for the
-        base alone. What isn't done in `timeout_s` seconds ends with TimeoutError, and is given up on the workers.
+        base alone. What isn't done in `timeout_s` seconds ends with DeadlineExceededError, and is given up there.
 
         Raises InvalidRequestError for what can't be sent, such as tensors as values of a GenerationConfig.
         """

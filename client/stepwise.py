@@ -78,7 +78,7 @@ def generate_stepwise(
     """What transformers' `generate` returns for these arguments, and raises.
 
     `seed` stands for torch.manual_seed before a local `generate`, and leaves the global generator as it was. Raises
-    TimeoutError where it isn't done in `timeout_s`.
+    DeadlineExceededError where it isn't done in `timeout_s`.
     """
     stop = stop or Stop()
     deadline = stop.deadline = Deadline(timeout_s, model.name)
@@ -109,7 +109,7 @@ def generate_stepwise(
         except BaseException as error:
             if streamer is not None:
                 streamer.end()  # whoever reads from it must not wait for ever
-            if deadline.passed and isinstance(error, (ShardliftError, TimeoutError)):
+            if deadline.passed and isinstance(error, ShardliftError):
                 raise deadline.error() from None
             raise
         local.keep(getattr(result, "past_key_values", None))

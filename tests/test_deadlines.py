@@ -41,7 +41,7 @@ class Recorder:
 @pytest.mark.parametrize("arguments", [{}, {"num_beams": 2}, {"num_beams": 2, "use_cache": False}], ids=str)
 def test_a_generation_ends_in_time(arguments: dict[str, Any], served: Served) -> None:
     streamer = None if "num_beams" in arguments else Recorder()
-    with pytest.raises(TimeoutError, match=r"model model was not done in timeout_s=0\.5.*fewer tokens"):
+    with pytest.raises(errors.DeadlineExceededError, match=r"model model was not done in timeout_s=0\.5.*fewer tokens"):
         served.model.generate(IDS, timeout_s=0.5, streamer=streamer, **LONG, **arguments)
     served.call(served.ring.idle)
     assert streamer is None or streamer.ended == 1
@@ -52,7 +52,7 @@ def test_a_generation_ends_in_time(arguments: dict[str, Any], served: Served) ->
 def test_a_stream_ends_in_time(served: Served) -> None:
     running = served.model.stream(IDS, timeout_s=1, **LONG)
     assert next(running).token_ids
-    with pytest.raises(TimeoutError, match="timeout_s=1,"):
+    with pytest.raises(errors.DeadlineExceededError, match="timeout_s=1,"):
         list(running)
     served.call(served.ring.idle)
 
@@ -61,7 +61,7 @@ def test_a_stream_ends_in_time(served: Served) -> None:
 async def test_so_they_do_with_asyncio(arguments: dict[str, Any], served: Served) -> None:
     async with await shardlift.connect_async(served.address) as client:
         model = await client.model(NAME)
-        with pytest.raises(TimeoutError, match=r"timeout_s=0\.5"):
+        with pytest.raises(errors.DeadlineExceededError, match=r"timeout_s=0\.5"):
             await model.generate(IDS, timeout_s=0.5, **LONG, **arguments)
         await asyncio.to_thread(served.call, served.ring.idle)
 
