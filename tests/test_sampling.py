@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import shardlift
 from shardlift.client.draws import Draws as ClientDraws
 from shardlift.proto.v1 import errors, generator_state, inference_pb2
-from shardlift.worker.draws import Draws
+from shardlift.worker.draws import Draws, _seed_from
 from shardlift.worker.tensors import to_message
 from tests.support import checkpoints
 from tests.support.ring_gateway import NAME, Served, serving
@@ -232,6 +232,21 @@ def test_every_state_that_torch_comes_to_is_taken() -> None:
         generator_state.put_into(other, generator_state.taken_from(generator))
         assert torch.equal(other.get_state(), generator.get_state())
     assert generator_state.seed_of(generator_state.taken_from(generator)) == 2**64 - 1
+
+
+def test_other_devices_are_seeded_from_the_clients_generator() -> None:
+    """As torch.manual_seed seeds them all; and not alike in the next call."""
+    client = torch.Generator().manual_seed(5)
+    seeds = []
+    for _ in range(3):
+        seeds.append(_seed_from(client, generator_state.taken_from(client)))
+    assert seeds[0] == 5
+    assert len(set(seeds)) == 3
+    again = torch.Generator().manual_seed(5)
+    assert seeds == [_seed_from(again, generator_state.taken_from(again)) for _ in range(3)]
+    other = torch.Generator().manual_seed(5)
+    torch.rand(1, generator=other)
+    assert _seed_from(other, generator_state.taken_from(other)) not in seeds[:1]
 
 
 @pytest.mark.gpu
