@@ -40,6 +40,8 @@ class RemoteModel(DescribedModel):
     the environment where it is unpickled. A copy uses the same connection.
     """
 
+    _can_ask = True
+
     def __init__(self, gateway: Gateway, name: str, info: ModelInfo | None = None) -> None:
         super().__init__(name, info)
         self._gateway = gateway

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import shardlift
 from shardlift.client.draws import Draws as ClientDraws
@@ -98,6 +100,22 @@ def test_other_forms(pair: tuple[Any, Served]) -> None:
 
     assert torch.equal(asyncio.run(generate()), expected[3])
     assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_a_models_own_config_is_sampled_by_a_handle_that_does_not_know_it_yet(tmp_path: Path) -> None:
+    folder = checkpoints.tiny("llama", tmp_path)
+    config = GenerationConfig.from_pretrained(folder)
+    config.do_sample = True
+    config.save_pretrained(folder)
+    local = AutoModelForCausalLM.from_pretrained(folder)
+    with serving(folder, ()) as served:
+        torch.manual_seed(3)
+        expected = local.generate(IDS, max_new_tokens=NEW)[0, IDS.shape[1] :].tolist()
+        torch.manual_seed(3)
+        fresh = pickle.loads(pickle.dumps(served.client.model(NAME)))
+        assert fresh._cached_info is None
+        assert [step.token_ids[0] for step in fresh.stream(IDS, max_new_tokens=NEW)] == expected
+        fresh._gateway.close()
 
 
 def test_text(pair: tuple[Any, Served]) -> None:
