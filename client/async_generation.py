@@ -74,8 +74,8 @@ class AsyncGeneration(Answered, AsyncIterator[Step]):
             except GatewayUnavailableError as error:
                 await self._go_on(error)
                 return None
-            except DeadlineExceededError:
-                raise self._deadline.error() from None
+            except DeadlineExceededError as error:
+                raise self._deadline.error(error) from None
             self._patience.heard()
             return None if self._closed else self._answer.feed(response)
         except BaseException:  # the task's cancellation, too
@@ -92,7 +92,7 @@ class AsyncGeneration(Answered, AsyncIterator[Step]):
             await self._gateway.wait_for_return(self._patience.within(self._deadline.left_s), lost)
         except GatewayUnavailableError:
             if self._deadline.passed:
-                raise self._deadline.error() from lost
+                raise self._deadline.error(lost) from None
             raise
         await self._begin(asked)
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 
-from ..proto.v1.errors import DeadlineExceededError, InvalidRequestError
+from ..proto.v1.errors import DeadlineExceededError, InvalidRequestError, ShardliftError
 
 
 class Deadline:
@@ -30,7 +30,10 @@ class Deadline:
     def passed(self) -> bool:
         return self._until is not None and self._clock() >= self._until
 
-    def error(self) -> DeadlineExceededError:
+    def error(self, ended: ShardliftError) -> ShardliftError:
+        """What to tell of what `ended` it: itself, where there was no time to keep to."""
+        if self._timeout_s is None:
+            return ended
         return DeadlineExceededError(
             f"model {self._model} was not done in timeout_s={self._timeout_s:g}, and what it held is freed: allow more "
             "time, or ask for fewer tokens"

@@ -78,8 +78,8 @@ class Generation(Answered, Iterator[Step]):
             except GatewayUnavailableError as error:
                 self._go_on(error)
                 return None
-            except DeadlineExceededError:
-                raise self._deadline.error() from None
+            except DeadlineExceededError as error:
+                raise self._deadline.error(error) from None
             self._patience.heard()
             return None if self._closed else self._answer.feed(response)
         except BaseException:
@@ -96,7 +96,7 @@ class Generation(Answered, Iterator[Step]):
             self._gateway.wait_for_return(self._patience.within(self._deadline.left_s), lost)
         except GatewayUnavailableError:
             if self._deadline.passed:
-                raise self._deadline.error() from lost
+                raise self._deadline.error(lost) from None
             raise
         call = self._gateway.inference_stream("Generate", asked, self._deadline.left_s)
         self._call = call

@@ -110,7 +110,7 @@ def generate_stepwise(
             if streamer is not None:
                 streamer.end()  # whoever reads from it must not wait for ever
             if deadline.passed and isinstance(error, ShardliftError):
-                raise deadline.error() from None
+                raise deadline.error(error) from None
             raise
         local.keep(getattr(result, "past_key_values", None))
         return result
