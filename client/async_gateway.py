@@ -139,11 +139,11 @@ class AsyncGateway:
         await self.connect()
         return getattr(self._registry, method)(request, timeout=timeout_s, metadata=self._metadata)
 
-    async def inference_stream(self, method: str, *request: Any) -> Any:
+    async def inference_stream(self, method: str, *request: Any, timeout_s: float | None = None) -> Any:
         """The call of a streaming method of InferenceService; read, and where it takes a stream, write it inside
         `errors()`."""
-        await self.connect()
-        return getattr(self._inference, method)(*request, metadata=self._metadata)
+        await self.connect(timeout_s)
+        return getattr(self._inference, method)(*request, timeout=timeout_s, metadata=self._metadata)
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:

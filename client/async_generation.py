@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from ..proto.v1 import inference_pb2
-from ..proto.v1.errors import GatewayUnavailableError
+from ..proto.v1.errors import DeadlineExceededError, GatewayUnavailableError
 from .answer import Answer, Answered, Step
 from .async_gateway import AsyncGateway, cancel_with, receive
+from .deadline import Deadline
 from .patience import Patience
 
 
@@ -20,12 +21,20 @@ class AsyncGeneration(Answered, AsyncIterator[Step]):
     cancels the call. A gateway that goes away meanwhile is waited for, and asked to go on behind the last step.
     """
 
-    def __init__(self, gateway: AsyncGateway, asked: inference_pb2.GenerateRequest, *, draws: bool = False) -> None:
-        """draws: from torch's global generator."""
+    def __init__(
+        self,
+        gateway: AsyncGateway,
+        asked: inference_pb2.GenerateRequest,
+        *,
+        draws: bool = False,
+        timeout_s: float | None = None,
+    ) -> None:
+        """draws: from torch's global generator. timeout_s: beyond which it ends with DeadlineExceededError."""
         super().__init__(Answer(asked, draws=draws))
         self._closed = False
         self._gateway = gateway
         self._patience = Patience(gateway.retry_s)
+        self._deadline = Deadline(timeout_s, asked.model)
         self._call: Any = None
 
     async def __aenter__(self) -> AsyncGeneration:
@@ -65,6 +74,8 @@ class AsyncGeneration(Answered, AsyncIterator[Step]):
             except GatewayUnavailableError as error:
                 await self._go_on(error)
                 return None
+            except DeadlineExceededError as error:
+                raise self._deadline.error(error) from None
             self._patience.heard()
             return None if self._closed else self._answer.feed(response)
         except BaseException:  # the task's cancellation, too
@@ -77,9 +88,14 @@ class AsyncGeneration(Answered, AsyncIterator[Step]):
             return
         if (asked := self._answer.resumed()) is None:
             raise lost
-        await self._gateway.wait_for_return(self._patience, lost)
+        try:
+            await self._gateway.wait_for_return(self._patience.within(self._deadline.left_s), lost)
+        except GatewayUnavailableError:
+            if self._deadline.passed:
+                raise self._deadline.error(lost) from None
+            raise
         await self._begin(asked)
 
     async def _begin(self, asked: inference_pb2.GenerateRequest) -> None:
-        self._call = await self._gateway.inference_stream("Generate", asked)
+        self._call = await self._gateway.inference_stream("Generate", asked, timeout_s=self._deadline.left_s)
         cancel_with(self, self._call)

@@ -157,6 +157,7 @@ class AsyncRemoteModel(DescribedModel):
         attention_mask: Any = None,
         streamer: BaseStreamer | None = None,
         seed: int | None = None,
+        timeout_s: float | None = None,
         adapter: Adapters = ...,
         **kwargs: Any,
     ) -> torch.LongTensor | GenerateOutput:
@@ -182,6 +183,7 @@ class AsyncRemoteModel(DescribedModel):
                     attention_mask=attention_mask,
                     streamer=streamer,
                     seed=seed,
+                    timeout_s=timeout_s,
                     stop=stop,
                     adapters=self._choice(adapter),
                 )
@@ -200,7 +202,9 @@ class AsyncRemoteModel(DescribedModel):
 
         collected = Collected(wanted, streamer)
         try:
-            async with AsyncGeneration(self._gateway, wanted.request, draws=wanted.draws) as running:
+            async with AsyncGeneration(
+                self._gateway, wanted.request, draws=wanted.draws, timeout_s=timeout_s
+            ) as running:
                 await running.start()
                 collected.start(running.batch)
                 async for step in running:
@@ -218,6 +222,7 @@ class AsyncRemoteModel(DescribedModel):
         messages: Sequence[Mapping[str, str]] | None = None,
         attention_mask: Any = None,
         seed: int | None = None,
+        timeout_s: float | None = None,
         adapter: Adapters = ...,
         **kwargs: Any,
     ) -> AsyncGeneration:
@@ -225,7 +230,7 @@ class AsyncRemoteModel(DescribedModel):
         asked, draws = self._streamed(
             inputs, generation_config, kwargs, prompt, messages, attention_mask, seed, self._choice(adapter)
         )
-        return AsyncGeneration(self._gateway, asked, draws=draws)
+        return AsyncGeneration(self._gateway, asked, draws=draws, timeout_s=timeout_s)
 
     async def stream_text(self, text: str | Sequence[Mapping[str, str]], **kwargs: Any) -> AsyncIterator[str]:
         """The answer to a prompt, or to messages ({"role", "content"}), piece by piece as it comes."""

@@ -31,6 +31,8 @@ _IN_RING = ("greedy_search", "sample")
 class DescribedModel:
     """A model as the registry describes it: the base of both handles."""
 
+    _can_ask = False  # whether `_known` finds out what isn't known
+
     def __init__(self, name: str, info: ModelInfo | None = None) -> None:
         self.name = name
         self._cached_info = info
@@ -340,8 +342,8 @@ class DescribedModel:
         """Whether `chosen` is sampled, by a process that has a generator of torch's."""
         if "torch" not in sys.modules:
             return False
-        if chosen.get("do_sample") is None and self._lacks(measured=False):
-            return False  # nobody knows, and streams ask nothing beforehand
+        if chosen.get("do_sample") is None and self._lacks(measured=False) and not self._can_ask:
+            return False  # nobody knows
         return bool(self._pop(dict(chosen), "do_sample"))
 
     def _is_stepwise(self, generation_config: Any, local: Mapping[str, Any], arguments: Mapping[str, Any]) -> bool:

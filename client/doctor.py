@@ -34,7 +34,7 @@ def gateway_and_nodes(address: str | None, token: str | None, timeout_s: float) 
         yield transport
     try:
         client = Client(gateway.resolve(where, token, start=False, timeout_s=channel.CONNECT_TIMEOUT_S, retry_s=0))
-    except (ShardliftError, TimeoutError) as error:
+    except ShardliftError as error:
         yield Finding(
             check="gateway",
             verdict="fail",
@@ -57,7 +57,7 @@ def gateway_and_nodes(address: str | None, token: str | None, timeout_s: float) 
                 remedy="set SHARDLIFT_TOKEN, or --token-file, to what the gateway was started with ($SHARDLIFT_HOME/"
                 "token where it runs)",
             )
-        except (ShardliftError, TimeoutError) as error:
+        except ShardliftError as error:
             yield Finding(
                 check="gateway",
                 verdict="fail",

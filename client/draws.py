@@ -32,10 +32,8 @@ class Draws:
 
     def over(self, state: bytes = b"") -> None:
         """Takes the state that the workers left; none where nothing was drawn. Raises InternalError for no state."""
-        import torch
-
         with _lock:
-            if not torch.equal(self._generator.get_state(), self._meanwhile):
+            if not self._generator.get_state().equal(self._meanwhile):
                 return
             self._generator.set_state(self._before)
             if not state:

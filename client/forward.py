@@ -12,6 +12,7 @@ from ..proto.v1.wire import Assembly
 from . import tensors
 from .adapters import say
 from .cache import CacheRecord
+from .deadline import Deadline
 from .gateway import Gateway
 from .patience import Patience
 from .session_call import SessionCall
@@ -66,18 +67,19 @@ def output(assembly: Assembly, cache: Any, return_dict: bool | None) -> CausalLM
     return result.to_tuple() if return_dict is False else result
 
 
-def once(gateway: Gateway, asked: inference_pb2.ForwardRequest) -> Assembly:
+def once(gateway: Gateway, asked: inference_pb2.ForwardRequest, deadline: Deadline | None = None) -> Assembly:
     """The logits of one pass that leaves nothing behind, and so may be asked for again where the gateway is lost."""
     patience = Patience(gateway.retry_s)
     while True:
+        left_s = None if deadline is None else deadline.left_s
         try:
-            return _once(gateway, asked)
+            return _once(gateway, asked, left_s)
         except GatewayUnavailableError as error:
-            gateway.wait_for_return(patience, error)
+            gateway.wait_for_return(patience.within(left_s), error)
 
 
-def _once(gateway: Gateway, asked: inference_pb2.ForwardRequest) -> Assembly:
-    call = gateway.inference_stream("Forward", iter([asked]))
+def _once(gateway: Gateway, asked: inference_pb2.ForwardRequest, timeout_s: float | None) -> Assembly:
+    call = gateway.inference_stream("Forward", iter([asked]), timeout_s)
     try:
         assembly = Assembly(part(_next(gateway, call), "logits").logits)
         while not assembly.complete:

@@ -121,10 +121,10 @@ class Gateway:
         self.connect()
         return getattr(self._registry, method)(request, timeout=timeout_s)
 
-    def inference_stream(self, method: str, request: Any) -> Any:
+    def inference_stream(self, method: str, request: Any, timeout_s: float | None = None) -> Any:
         """The call of a streaming method of InferenceService; read it inside `errors()`."""
-        self.connect()
-        return getattr(self._inference, method)(request)
+        self.connect(timeout_s)
+        return getattr(self._inference, method)(request, timeout=timeout_s)
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:

@@ -8,8 +8,9 @@ from typing import Any
 import grpc
 
 from ..proto.v1 import inference_pb2
-from ..proto.v1.errors import GatewayUnavailableError
+from ..proto.v1.errors import DeadlineExceededError, GatewayUnavailableError
 from .answer import Answer, Answered, Step
+from .deadline import Deadline
 from .gateway import Gateway
 from .patience import Patience
 
@@ -22,14 +23,22 @@ class Generation(Answered, Iterator[Step]):
     gateway that goes away meanwhile is waited for, and asked to go on behind the last step.
     """
 
-    def __init__(self, gateway: Gateway, asked: inference_pb2.GenerateRequest, *, draws: bool = False) -> None:
-        """draws: from torch's global generator."""
+    def __init__(
+        self,
+        gateway: Gateway,
+        asked: inference_pb2.GenerateRequest,
+        *,
+        draws: bool = False,
+        timeout_s: float | None = None,
+    ) -> None:
+        """draws: from torch's global generator. timeout_s: beyond which it ends with DeadlineExceededError."""
         super().__init__(Answer(asked, draws=draws))
         self._closed = False
         self._gateway = gateway
         self._patience = Patience(gateway.retry_s)
+        self._deadline = Deadline(timeout_s, asked.model)
         try:
-            self._call = gateway.inference_stream("Generate", self._answer.begin())
+            self._call = gateway.inference_stream("Generate", self._answer.begin(), self._deadline.left_s)
         except BaseException:
             self._answer.abandon()
             raise
@@ -69,6 +78,8 @@ class Generation(Answered, Iterator[Step]):
             except GatewayUnavailableError as error:
                 self._go_on(error)
                 return None
+            except DeadlineExceededError as error:
+                raise self._deadline.error(error) from None
             self._patience.heard()
             return None if self._closed else self._answer.feed(response)
         except BaseException:
@@ -81,8 +92,13 @@ class Generation(Answered, Iterator[Step]):
             return
         if (asked := self._answer.resumed()) is None:
             raise lost
-        self._gateway.wait_for_return(self._patience, lost)
-        call = self._gateway.inference_stream("Generate", asked)
+        try:
+            self._gateway.wait_for_return(self._patience.within(self._deadline.left_s), lost)
+        except GatewayUnavailableError:
+            if self._deadline.passed:
+                raise self._deadline.error(lost) from None
+            raise
+        call = self._gateway.inference_stream("Generate", asked, self._deadline.left_s)
         self._call = call
         if self._closed:  # by another thread, while nobody answered
             call.cancel()

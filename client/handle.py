@@ -40,6 +40,8 @@ class RemoteModel(DescribedModel):
     the environment where it is unpickled. A copy uses the same connection.
     """
 
+    _can_ask = True
+
     def __init__(self, gateway: Gateway, name: str, info: ModelInfo | None = None) -> None:
         super().__init__(name, info)
         self._gateway = gateway
@@ -221,6 +223,7 @@ class RemoteModel(DescribedModel):
         attention_mask: Any = None,
         streamer: BaseStreamer | None = None,
         seed: int | None = None,
+        timeout_s: float | None = None,
         adapter: Adapters = ...,
         **kwargs: Any,
     ) -> torch.LongTensor | GenerateOutput:
@@ -238,7 +241,7 @@ class RemoteModel(DescribedModel):
         draws from torch's global generator, as it does for a local model; `seed` sets that for this call alone.
 
         `adapter` names the adapters to compute with, in place of the handle's own choice: one, several, or None for the
-        base alone.
+        base alone. What isn't done in `timeout_s` seconds ends with DeadlineExceededError, and is given up there.
 
         Raises InvalidRequestError for what can't be sent, such as tensors as values of a GenerationConfig.
         """
@@ -255,6 +258,7 @@ class RemoteModel(DescribedModel):
                 attention_mask=attention_mask,
                 streamer=streamer,
                 seed=seed,
+                timeout_s=timeout_s,
                 adapters=self._choice(adapter),
             )
         wanted = self._wanted(
@@ -269,7 +273,7 @@ class RemoteModel(DescribedModel):
 
         collected = Collected(wanted, streamer)
         try:
-            with Generation(self._gateway, wanted.request, draws=wanted.draws) as running:
+            with Generation(self._gateway, wanted.request, draws=wanted.draws, timeout_s=timeout_s) as running:
                 running.start()
                 collected.start(running.batch)
                 for step in running:
@@ -287,6 +291,7 @@ class RemoteModel(DescribedModel):
         messages: Sequence[Mapping[str, str]] | None = None,
         attention_mask: Any = None,
         seed: int | None = None,
+        timeout_s: float | None = None,
         adapter: Adapters = ...,
         **kwargs: Any,
     ) -> Generation:
@@ -294,12 +299,12 @@ class RemoteModel(DescribedModel):
 
         Takes ids as `generate` does, or a `prompt`, or `messages` ({"role", "content"}), which the gateway tokenizes
         with the checkpoint's own tokenizer and chat template. Needs no torch. What the workers can't run by themselves
-        needs `generate`.
+        needs `generate`. `timeout_s` counts from here to the last step.
         """
         asked, draws = self._streamed(
             inputs, generation_config, kwargs, prompt, messages, attention_mask, seed, self._choice(adapter)
         )
-        return Generation(self._gateway, asked, draws=draws)
+        return Generation(self._gateway, asked, draws=draws, timeout_s=timeout_s)
 
     def stream_text(self, text: str | Sequence[Mapping[str, str]], **kwargs: Any) -> Iterator[str]:
         """The answer to a prompt, or to messages ({"role", "content"}), piece by piece as it comes."""

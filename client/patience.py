@@ -32,6 +32,10 @@ class Patience:
             self._until = self._clock() + self._retry_s
         return max(0.0, self._until - self._clock())
 
+    def within(self, limit_s: float | None) -> Patience:
+        """What is left of it, and no more than `limit_s`."""
+        return Patience(self.left_s if limit_s is None else min(self.left_s, limit_s), self._clock)
+
     def pause_s(self) -> float | None:
         """How long to wait before the next attempt; None: give up."""
         left_s = self.left_s

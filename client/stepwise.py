@@ -20,9 +20,11 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..proto.v1 import inference_pb2
-from ..proto.v1.errors import InvalidRequestError
+from ..proto.v1.errors import InvalidRequestError, ShardliftError
 from ..proto.v1.tensor_pb2 import Tensor
+from ..proto.v1.wire import Assembly
 from . import asking, forward, tensors
+from .deadline import Deadline
 from .described import DescribedModel
 from .forward import RemoteCache
 from .gateway import Gateway
@@ -37,6 +39,7 @@ class Stop:
     """Lets another thread end a generation: whatever pass it is in fails, and no other begins."""
 
     def __init__(self) -> None:
+        self.deadline: Deadline | None = None
         self._lock = threading.Lock()
         self._stopped = False
         self._caches: weakref.WeakSet[RemoteCache] = weakref.WeakSet()
@@ -68,13 +71,17 @@ def generate_stepwise(
     attention_mask: Any,
     streamer: BaseStreamer | None,
     seed: int | None,
+    timeout_s: float | None = None,
     stop: Stop | None = None,
     adapters: inference_pb2.AdapterChoice | None = None,
 ) -> Any:
     """What transformers' `generate` returns for these arguments, and raises.
 
-    `seed` stands for torch.manual_seed before a local `generate`, and leaves the global generator as it was.
+    `seed` stands for torch.manual_seed before a local `generate`, and leaves the global generator as it was. Raises
+    DeadlineExceededError where it isn't done in `timeout_s`.
     """
+    stop = stop or Stop()
+    deadline = stop.deadline = Deadline(timeout_s, model.name)
     asking.check_usable(arguments)
     # Tokenizers give these, and the model has no use for them.
     arguments = {name: value for name, value in arguments.items() if name != "token_type_ids"}
@@ -90,16 +97,20 @@ def generate_stepwise(
             if not isinstance(remote, Gateway):
                 raise InvalidRequestError("a remote assistant_model has to be a handle of the blocking client")
             own = assistant._choice(...)
-            arguments["assistant_model"] = closing.enter_context(_opened(assistant, remote, stop or Stop(), own))
-        local = closing.enter_context(_opened(model, gateway, stop or Stop(), adapters))
+            arguments["assistant_model"] = closing.enter_context(_opened(assistant, remote, stop, own))
+        local = closing.enter_context(_opened(model, gateway, stop, adapters))
+        if deadline.left_s is not None:
+            closing.enter_context(_in_time(stop, deadline.left_s))
         if seed is not None:
             closing.enter_context(torch.random.fork_rng(devices=[]))
             torch.manual_seed(seed % (1 << 64))
         try:
             result = local.generate(tensors.ids_to_torch(ids), generation_config, streamer=streamer, **arguments)
-        except BaseException:
+        except BaseException as error:
             if streamer is not None:
                 streamer.end()  # whoever reads from it must not wait for ever
+            if deadline.passed and isinstance(error, ShardliftError):
+                raise deadline.error(error) from None
             raise
         local.keep(getattr(result, "past_key_values", None))
         return result
@@ -163,6 +174,9 @@ class _Stepwise:
             generation_config, model_kwargs, mode, batch_size, *args, **kwargs
         )
 
+    def _once(self, asked: inference_pb2.ForwardRequest) -> Assembly:
+        return forward.once(self._gateway, asked, self._stop.deadline)
+
     def generate(
         self, inputs: Any = None, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
     ) -> Any:
@@ -217,9 +231,20 @@ class _Stepwise:
             adapters=self._remote_adapters,
         )
         if not cached:
-            return CausalLMOutputWithPast(logits=tensors.to_torch(forward.once(self._gateway, asked)))
+            return CausalLMOutputWithPast(logits=tensors.to_torch(self._once(asked)))
         opened = self.open_cache() if past_key_values is None else past_key_values
         return CausalLMOutputWithPast(logits=tensors.to_torch(opened.step(asked)), past_key_values=opened)
+
+
+@contextlib.contextmanager
+def _in_time(stop: Stop, seconds: float) -> Iterator[None]:
+    timer = threading.Timer(seconds, stop.stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager

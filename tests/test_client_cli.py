@@ -604,7 +604,7 @@ def test_a_signal_cancels_a_load(gateway: ScriptedGateway, number: signal.Signal
         text=True,
         env=dict(os.environ),
         # A shell has what it starts with & ignore Ctrl-C, and so whatever that starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - nothing else would do
     )
     with process:
         try:

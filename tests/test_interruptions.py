@@ -133,6 +133,20 @@ def test_two_models_are_used_at_once(model: RemoteModel, cluster: RunningCluster
     assert model.info().state == "ready"
 
 
+def test_a_handle_goes_along_into_a_ray_task(model: RemoteModel) -> None:
+    """By its pickle; the task's process connects by itself, and samples as its own generator says."""
+
+    @ray.remote(num_cpus=0)
+    def task(model: RemoteModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        greedy = model.generate(ids, max_new_tokens=6, do_sample=False)
+        torch.manual_seed(3)
+        return greedy, model.generate(ids, max_new_tokens=6, do_sample=True)
+
+    greedy, sampled = ray.get(task.remote(model, IDS), timeout=90)
+    assert torch.equal(greedy, model.generate(IDS, max_new_tokens=6, do_sample=False))
+    assert torch.equal(sampled, model.generate(IDS, max_new_tokens=6, do_sample=True, seed=3))
+
+
 def test_a_client_that_is_killed_frees_its_caches(model: RemoteModel, cluster: RunningCluster) -> None:
     script = (
         "import shardlift\n"

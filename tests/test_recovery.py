@@ -30,7 +30,9 @@ TOKENS = 100
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # In float32 a batch of sessions rounds by 1e-6; the logits' gaps are some 1e-2.
-    return checkpoints.tiny("llama", tmp_path_factory.mktemp("llama"), max_position_embeddings=100_000)
+    folder = checkpoints.tiny("llama", tmp_path_factory.mktemp("llama"), max_position_embeddings=100_000)
+    checkpoints.byte_tokenizer(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,36 @@ def test_a_killed_worker_in_the_middle_of_streams(
     assert info.recoveries == before + 1
     assert info.reason == ""
     eventually(lambda: sessions(cluster) == [(0, 0)] * STAGES, "keys and values are left", timeout_s=5)
+
+
+def test_what_is_drawn_here_and_stopped_goes_on(model: RemoteModel, cluster: RunningCluster) -> None:
+    """A new last stage draws from where torch's generator was, stops at the text, and leaves it as an old one would."""
+    arguments = {"max_new_tokens": TOKENS, "do_sample": True}
+    tokenizer = checkpoints.byte_tokenizer()
+    torch.manual_seed(3)
+    whole = [step.token_ids[0] for step in model.stream(IDS, **arguments)]
+    new_letters = (
+        text
+        for index, token in enumerate(whole)
+        if index > 40
+        and token not in whole[:index]
+        and (text := tokenizer.decode(token)).isascii()
+        and text.isprintable()
+    )
+    stopped = {**arguments, "stop_strings": [next(new_letters)]}
+    torch.manual_seed(3)
+    expected = model.generate(IDS, **stopped)
+    state = torch.get_rng_state()
+    assert 40 < expected.shape[1] - IDS.shape[1] < TOKENS
+    torch.manual_seed(3)
+    tokens = []
+    with model.stream(IDS, **stopped) as running:
+        for step in running:
+            tokens.append(step.token_ids[0])
+            if len(tokens) == 5:
+                os.kill(worker_of(cluster, STAGES - 1), signal.SIGKILL)
+    assert tokens == expected[0, IDS.shape[1] :].tolist()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_all_workers_killed_at_once(

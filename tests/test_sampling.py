@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import shardlift
 from shardlift.client.draws import Draws as ClientDraws
 from shardlift.proto.v1 import errors, generator_state, inference_pb2
-from shardlift.worker.draws import Draws
+from shardlift.worker.draws import Draws, _seed_from
 from shardlift.worker.tensors import to_message
 from tests.support import checkpoints
 from tests.support.ring_gateway import NAME, Served, serving
@@ -98,6 +100,22 @@ def test_other_forms(pair: tuple[Any, Served]) -> None:
 
     assert torch.equal(asyncio.run(generate()), expected[3])
     assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_a_models_own_config_is_sampled_by_a_handle_that_does_not_know_it_yet(tmp_path: Path) -> None:
+    folder = checkpoints.tiny("llama", tmp_path)
+    config = GenerationConfig.from_pretrained(folder)
+    config.do_sample = True
+    config.save_pretrained(folder)
+    local = AutoModelForCausalLM.from_pretrained(folder)
+    with serving(folder, ()) as served:
+        torch.manual_seed(3)
+        expected = local.generate(IDS, max_new_tokens=NEW)[0, IDS.shape[1] :].tolist()
+        torch.manual_seed(3)
+        fresh = pickle.loads(pickle.dumps(served.client.model(NAME)))
+        assert fresh._cached_info is None
+        assert [step.token_ids[0] for step in fresh.stream(IDS, max_new_tokens=NEW)] == expected
+        fresh._gateway.close()
 
 
 def test_text(pair: tuple[Any, Served]) -> None:
@@ -232,6 +250,21 @@ def test_every_state_that_torch_comes_to_is_taken() -> None:
         generator_state.put_into(other, generator_state.taken_from(generator))
         assert torch.equal(other.get_state(), generator.get_state())
     assert generator_state.seed_of(generator_state.taken_from(generator)) == 2**64 - 1
+
+
+def test_other_devices_are_seeded_from_the_clients_generator() -> None:
+    """As torch.manual_seed seeds them all; and not alike in the next call."""
+    client = torch.Generator().manual_seed(5)
+    seeds = []
+    for _ in range(3):
+        seeds.append(_seed_from(client, generator_state.taken_from(client)))
+    assert seeds[0] == 5
+    assert len(set(seeds)) == 3
+    again = torch.Generator().manual_seed(5)
+    assert seeds == [_seed_from(again, generator_state.taken_from(again)) for _ in range(3)]
+    other = torch.Generator().manual_seed(5)
+    torch.rand(1, generator=other)
+    assert _seed_from(other, generator_state.taken_from(other)) not in seeds[:1]
 
 
 @pytest.mark.gpu

@@ -40,7 +40,7 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (ShardliftError, TimeoutError) as error:
+        except ShardliftError as error:
             raise _Failure(one_line(error)) from None
         except Terminated as ended:
             click.echo(f"SIGTERM: {ended}", err=True)

@@ -19,6 +19,7 @@
     │   └── WorkerDiedError            the process of a stage's worker is gone
     ├── ModelBusyError                 as many sessions as the model takes run and wait
     ├── SessionExpiredError            a session for which nothing came any more
+    ├── DeadlineExceededError          not done in the time that its client gave
     ├── LoadCancelledError             unloaded, or given up by its client, while loading
     ├── AuthenticationError            no token, or a wrong one
     ├── GatewayUnavailableError        nobody answers at the address
@@ -105,6 +106,10 @@ class ModelBusyError(ShardliftError):
 
 class SessionExpiredError(ShardliftError):
     """A session for which nothing came within its idle time."""
+
+
+class DeadlineExceededError(ShardliftError, TimeoutError):
+    """Not done in the time that its client gave. A TimeoutError, too."""
 
 
 class LoadCancelledError(ShardliftError):

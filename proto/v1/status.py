@@ -33,6 +33,7 @@ _CODES: dict[type[errors.ShardliftError], int] = {
     errors.WorkerDiedError: code_pb2.UNAVAILABLE,
     errors.ModelBusyError: code_pb2.RESOURCE_EXHAUSTED,
     errors.SessionExpiredError: code_pb2.ABORTED,
+    errors.DeadlineExceededError: code_pb2.DEADLINE_EXCEEDED,
     errors.LoadCancelledError: code_pb2.ABORTED,
     errors.AuthenticationError: code_pb2.UNAUTHENTICATED,
     errors.GatewayUnavailableError: code_pb2.UNAVAILABLE,
@@ -110,5 +111,5 @@ def from_rpc_error(error: grpc.RpcError, address: str) -> Exception:
     if code == code_pb2.UNIMPLEMENTED:
         return errors.InvalidRequestError(f"the server at {address} is no shardlift gateway, or an older one: {text}")
     if code == code_pb2.DEADLINE_EXCEEDED:
-        return TimeoutError(f"the gateway at {address} did not answer in time: {text}")
+        return errors.DeadlineExceededError(f"the gateway at {address} did not answer in time: {text}")
     return _BY_CODE.get(code, errors.InternalError)(f"{error.code().name}: {text}")
