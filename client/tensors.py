@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..proto.v1.errors import InvalidRequestError
 from ..proto.v1.tensor_pb2 import Tensor
-from ..proto.v1.wire import MAX_MESSAGE_BYTES, Assembly
+from ..proto.v1.wire import MAX_REQUEST_BYTES, Assembly
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ def mask(value: Any, name: str) -> Tensor:
 def check_request_size(*tensors: Tensor | None) -> None:
     """Raises InvalidRequestError when `tensors` together don't fit one message."""
     size = sum(len(tensor.data) for tensor in tensors if tensor is not None)
-    limit = MAX_MESSAGE_BYTES - _REQUEST_ROOM_BYTES
+    limit = MAX_REQUEST_BYTES - _REQUEST_ROOM_BYTES
     if size > limit:
         raise InvalidRequestError(
             f"ids and mask of {size:,} bytes are over the limit of {limit:,} for one request: send fewer rows at once"

@@ -19,7 +19,7 @@ from ..proto.v1.credentials import listen
 from ..proto.v1.errors import InternalError, InvalidRequestError
 from ..proto.v1.server import Checked, TolerantReading, abort, readable
 from ..proto.v1.status import to_error
-from ..proto.v1.wire import MAX_CALLS, SERVER_OPTIONS
+from ..proto.v1.wire import HEALTH_SERVER_OPTIONS, MAX_CALLS, SERVER_OPTIONS
 from ..worker import metrics, tracing
 from ..worker.tensors import from_message, ids_message
 from . import node_caches, relay, saving
@@ -466,7 +466,9 @@ class PlainHealth:
 
     def __init__(self) -> None:
         self._server = grpc.aio.server(
-            interceptors=[OnlyHealthChecks(), TolerantReading()], options=SERVER_OPTIONS, maximum_concurrent_rpcs=64
+            interceptors=[OnlyHealthChecks(), TolerantReading()],
+            options=HEALTH_SERVER_OPTIONS,
+            maximum_concurrent_rpcs=64,
         )
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined] # missing in grpc-stubs
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -21,6 +21,7 @@ ALLOWED = {
 PURE = [
     *(f"worker.{name}" for name in ("anatomy", "spec", "code_spec", "adapter_spec", "fetch", "quantization", "packed")),
     *(f"worker.{name}" for name in ("records", "headers", "chunks", "timeline", "byte_sizes", "metrics", "logs")),
+    "worker.workspace",
     *(f"cluster.{name}" for name in ("sizes", "devices", "partition", "plan", "pace", "load_time")),
     *(f"cluster.{name}" for name in ("blocks", "slowest", "spread", "refusal", "device_map", "moves")),
     *(f"cluster.{name}" for name in ("quantized", "shrink")),

@@ -99,7 +99,7 @@ def load(**fields: Any) -> registry_pb2.LoadModelRequest:
 Request = Callable[[], Any]
 # What, its method, the request, the status, and a word of the answer.
 EXCESSES: list[tuple[str, str, Request, grpc.StatusCode, str]] = [
-    ("a message", "Generate", lambda: bytes(5 << 20), EXHAUSTED, "larger than max"),
+    ("a message", "Generate", lambda: bytes(41 << 20), EXHAUSTED, "larger than max"),
     ("no message", "Generate", lambda: b"\xff\xff", INVALID, "can't be read"),
     ("no message, unary", "ListModels", lambda: b"\xff\xff", INVALID, "can't be read"),
     ("no message, of a load", "LoadModel", lambda: b"\xff\xff", INVALID, "can't be read"),
@@ -543,6 +543,8 @@ def test_the_page_has_the_codes_numbers() -> None:
         ("a safetensors header", [MAX_HEADER_BYTES]),
     ):
         assert [f"{number:,}" for number in numbers if f"{number:,}" not in row(begins)] == [], begins
-    assert wire.MAX_MESSAGE_BYTES == 4 << 20
+    assert (wire.MAX_REQUEST_BYTES, wire.MAX_MESSAGE_BYTES) == (40 << 20, 4 << 20)
+    # int64 ids and a mask of as many tokens as a request may have fit.
+    assert wire.MAX_REQUEST_BYTES > 9 * limits.MOST_TOKENS
     assert wire.MAX_METADATA_BYTES == 16 << 10
     assert limits.MOST_RESERVED_TOKENS == 1 << 40

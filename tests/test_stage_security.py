@@ -258,9 +258,9 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], grpc.StatusCode, str]] = {
     "no message": ("Generate", lambda: b"\xff\xff", grpc.StatusCode.INVALID_ARGUMENT, "can't be read"),
     "no message in a session": ("Session", lambda: b"\xff\xff", grpc.StatusCode.INVALID_ARGUMENT, "can't be read"),
     "no message in passes": ("Forward", lambda: b"\xff\xff", grpc.StatusCode.INVALID_ARGUMENT, "can't be read"),
-    "a message over 4 MiB": (
+    "a message over 40 MiB": (
         "Generate",
-        lambda: bytes(5 << 20),
+        lambda: bytes(41 << 20),
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         "larger than max",
     ),

@@ -14,7 +14,10 @@ from shardlift.proto.v1 import stage_pb2
 from shardlift.proto.v1.errors import InvalidRequestError
 from shardlift.proto.v1.frames import bytes_message
 from shardlift.proto.v1.tensor_pb2 import Tensor
-from shardlift.worker.pipeline import IncomingStep
+from shardlift.proto.v1.wire import FRAME_BYTES
+from shardlift.worker.links import StepKey, _frames
+from shardlift.worker.pipeline import IncomingStep, _message
+from shardlift.worker.stage import StepInput
 from shardlift.worker.step_frames import StepFrames, read_frame
 from shardlift.worker.tensors import to_frames, to_message
 
@@ -53,6 +56,20 @@ def test_a_step_in_pieces_comes_out_as_it_went_in() -> None:
     assert torch.equal(came.input.input, hidden)
 
 
+def test_masks_and_positions_come_in_pieces_too() -> None:
+    hidden = torch.randn(3, 400_000, WIDTH)
+    mask, positions = torch.rand(3, 500_000) > 0.5, torch.randint(0, 1000, (3, 400_000), dtype=torch.int32)
+    whole = StepInput(input=hidden, attention_mask=mask, position_ids=positions)
+    sent = _message(IncomingStep(key=StepKey("s", 0, 0), input=whole), hidden)
+    frames = list(_frames([(StepKey("s", 0, 0), *sent)]))
+    assert max(len(each) if isinstance(each, bytes) else each.ByteSize() for each in frames) < 2 * FRAME_BYTES
+    [came] = read(frames_of(), *frames)
+    assert torch.equal(came.input.input, hidden)
+    assert came.input.attention_mask is not None
+    assert torch.equal(came.input.attention_mask, mask)
+    assert torch.equal(came.input.position_ids, positions.long())
+
+
 GOOD = step(torch.ones(1, 2, WIDTH))
 
 
@@ -71,7 +88,10 @@ def floats(*shape: int, data: int | None = None, dtype: str = "float32") -> Tens
     return Tensor(shape=shape, dtype=dtype, data=bytes(size if data is None else data))
 
 
-BEGUN = stage_pb2.StepRequest(step=stage_pb2.Step(input=Tensor(shape=[1, 9, WIDTH], dtype="float32")))
+NINE = Tensor(shape=[1, 9], dtype="int32", data=bytes(36))
+BEGUN = stage_pb2.StepRequest(
+    step=stage_pb2.Step(input=Tensor(shape=[1, 9, WIDTH], dtype="float32"), position_ids=NINE)
+)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +112,7 @@ BEGUN = stage_pb2.StepRequest(step=stage_pb2.Step(input=Tensor(shape=[1, 9, WIDT
         ([changed(input=floats(1, 2, WIDTH, dtype="int64"))], "int64"),
         ([changed(input=floats(1, 2, WIDTH, dtype="nothing"))], "nothing"),
         ([changed(input=floats(5000, 1, WIDTH))], "5000 rows, over the limit of 4096"),
-        ([changed(position_ids=Tensor())], "dtype"),
+        ([changed(position_ids=Tensor())], "position_ids must be a non-empty integer"),
         (
             [changed(position_ids=Tensor(shape=[1, 3], dtype="int32", data=bytes(12)))],
             r"position_ids of shape \[1, 3\]",
@@ -104,7 +124,9 @@ BEGUN = stage_pb2.StepRequest(step=stage_pb2.Step(input=Tensor(shape=[1, 9, WIDT
         ([changed(position_ids=floats(1, 2))], "position_ids must be a non-empty integer"),
         ([changed(attention_mask=Tensor(shape=[2, 2], dtype="bool", data=bytes(4)))], "attention_mask of shape"),
         ([changed(attention_mask=Tensor(shape=[1, 1], dtype="bool", data=bytes(1)))], "attention_mask of shape"),
-        ([changed(attention_mask=Tensor(shape=[1, 4], dtype="bool", data=bytes(3)))], "needs 4 bytes, but 3"),
+        ([changed(attention_mask=Tensor(shape=[1, 4], dtype="bool", data=bytes(3))), BEGUN], "began before the one"),
+        ([changed(attention_mask=Tensor(shape=[1, 4], dtype="bool", data=bytes(5)))], "has 4 bytes, but at least 5"),
+        ([changed(attention_mask=Tensor(shape=[1, 1 << 29], dtype="bool"))], "over the limit of 268,435,456"),
         ([stage_pb2.StepRequest(group=stage_pb2.StepGroup())], "this stage takes"),
         ([stage_pb2.StepRequest(group=stage_pb2.StepGroup(input=floats(1, 1, WIDTH)))], r"\[\] rows"),
         (

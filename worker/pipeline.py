@@ -32,7 +32,7 @@ from .compute import Compute, RowJob, SessionOverError
 from .kv import StageCache
 from .links import Link, StepKey
 from .stage import ResidentStage, StepInput
-from .tensors import to_frames, to_message
+from .tensors import to_frames
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -403,12 +403,15 @@ class StagePipeline:
 def _message(step: IncomingStep, tensor: torch.Tensor) -> tuple[stage_pb2.Step, list[memoryview]]:
     """`step` with `tensor` for its input, as it goes to the next stage. Copies to the host."""
     head, rest = to_frames(tensor)
-    mask = step.input.attention_mask
+    positions, more_positions = to_frames(step.input.position_ids.int())
+    mask, more_mask = None, iter(())
+    if step.input.attention_mask is not None:
+        mask, more_mask = to_frames(step.input.attention_mask.bool())
     message = stage_pb2.Step(
         key=step.key.message(),
         input=head,
-        attention_mask=None if mask is None else to_message(mask.bool()),
-        position_ids=to_message(step.input.position_ids.int()),
+        attention_mask=mask,
+        position_ids=positions,
         use_cache=step.input.use_cache,
         reset_cache=step.reset_cache,
         keep=step.keep,
@@ -416,7 +419,7 @@ def _message(step: IncomingStep, tensor: torch.Tensor) -> tuple[stage_pb2.Step, 
         one_by_one=step.input.one_by_one,
         adapters=step.input.adapters,
     )
-    return message, list(rest)
+    return message, [*rest, *more_mask, *more_positions]
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -39,8 +39,7 @@ def to_message(tensor: torch.Tensor) -> Tensor:
     size = tensor.numel() * tensor.element_size()
     if size > FRAME_BYTES:
         raise InvalidRequestError(
-            f"a mask or positions of shape {list(tensor.shape)} take {size:,} bytes; at most {FRAME_BYTES:,} can be "
-            "sent: use fewer rows or shorter ones"
+            f"a tensor of shape {list(tensor.shape)} takes {size:,} bytes; at most {FRAME_BYTES:,} go into one message"
         )
     return to_frames(tensor)[0]
 

@@ -54,8 +54,8 @@ class StageServiceServicer:
 
     def Step(self, request_iterator, context):
         """A persistent stream from each stage to the next one, and from the last to
-        the first: a ring. Every request that opens a step carries the first bytes
-        of its tensor; the rest follows in `more`, uninterrupted.
+        the first: a ring. A request that opens a step carries those of its tensors that fit into a message; the bytes of
+        the others follow in `more`, uninterrupted: first of the input, then of the mask, then of the positions.
 
         Success has no answer here: the step goes on to the next stage. A failure
         travels back against the ring, response by response, to the last stage,

@@ -14,8 +14,10 @@ from .tensor_pb2 import Tensor
 # Bytes of tensor data in one message. gRPC copies each message whole, so larger frames cost memory and
 # smaller ones calls; 1 MiB also stays clear of every default receive limit (4 MB).
 FRAME_BYTES = 1 << 20
-# Room for one frame with its surroundings: a server's or channel's limit for one message.
+# Room for one frame with its surroundings: the limit for one message of an answer, and between stages.
 MAX_MESSAGE_BYTES = 4 << 20
+# … and of a request, whose ids and mask travel whole: as many tokens as `limits` lets one have, and some room.
+MAX_REQUEST_BYTES = 40 << 20
 # All headers of one call together. More are refused, by whichever end they reach.
 MAX_METADATA_BYTES = 16 << 10
 # Calls under way on one connection, where more wait for their turn; and on one server, where more are refused.
@@ -39,19 +41,32 @@ ITEM_BYTES: dict[str, int] = {
     "float64": 8,
 }
 
-CHANNEL_OPTIONS: list[tuple[str, int]] = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+_METADATA_OPTIONS: list[tuple[str, int]] = [
     # The soft limit, above which gRPC refuses at random, and the hard one.
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
 ]
-SERVER_OPTIONS: list[tuple[str, int]] = [
-    *CHANNEL_OPTIONS,
-    ("grpc.max_concurrent_streams", MAX_STREAMS),
-    ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
-    ("grpc.so_reuseport", 0),
+CHANNEL_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_REQUEST_BYTES),
+    *_METADATA_OPTIONS,
 ]
+
+
+def _server_options(request_bytes: int) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", request_bytes),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        *_METADATA_OPTIONS,
+        ("grpc.max_concurrent_streams", MAX_STREAMS),
+        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+SERVER_OPTIONS = _server_options(MAX_REQUEST_BYTES)
+# Of a server that nobody has to send much to.
+HEALTH_SERVER_OPTIONS = _server_options(MAX_MESSAGE_BYTES)
 # Towards stages and between them: a node that vanished without a word is noticed within seconds.
 STAGE_CHANNEL_OPTIONS: list[tuple[str, int]] = [
     *CHANNEL_OPTIONS,
