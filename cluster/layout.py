@@ -12,11 +12,20 @@ from typing import Any
 
 from ..proto.v1.errors import InvalidRequestError, TensorMismatchError
 from ..worker.anatomy import TEXT_PARTS, Anatomy, Cut, place_of
+from ..worker.experts import by_expert
 from ..worker.packed import Packing, StoredTensor, stored_tensors
 from ..worker.quantization import describe_quantization
 from ..worker.records import DTYPES, TensorRecord
 from ..worker.remote_code import ModelCode
-from ..worker.skeleton import KeyMap, ParameterInfo, Skeleton, build_skeleton, parse_config, unmatched_keys
+from ..worker.skeleton import (
+    KeyMap,
+    ParameterInfo,
+    Skeleton,
+    build_skeleton,
+    parse_config,
+    separable_experts,
+    unmatched_keys,
+)
 from ..worker.tensors import dtype_by_name, dtype_name
 from ..worker.unpack import check_package
 from ..worker.workspace import CHUNK_TOKENS, LEAST_BYTES, activation_bytes, inner_size
@@ -137,6 +146,7 @@ def lay_out(
     for key, target in targets.items():
         fetch[target] = fetch.get(target, 0) + stored[key].size_bytes
     serialized = _serialized(skeleton, key_map, targets, records)
+    separable = frozenset() if quantize_experts is False else _separable(skeleton, key_map, stored)
     items = [
         Item(
             name=info.name,
@@ -147,7 +157,7 @@ def lay_out(
                 else parameter_bytes(info.shape, _storage(info, skeleton))
             ),
             fetch_bytes=fetch.get(info.name, 0),
-            packed_shape=info.shape if _could_be_4bit(info, skeleton.anatomy) else None,
+            packed_shapes=_packed_shapes(info, skeleton, separable),
         )
         for info in infos
     ]
@@ -238,12 +248,27 @@ def _notes_on_experts(skeleton: Skeleton, infos: Sequence[ParameterInfo]) -> tup
     return ()
 
 
-def _could_be_4bit(info: ParameterInfo, anatomy: Anatomy) -> bool:
-    """Whether 4-bit quantization packs it, or would: the layers' matrices, as transformers chooses them by default."""
-    if info.quantized:
-        return info.quantized == "4bit"
-    is_matrix = len(info.shape) == 2 and info.name.endswith(".weight")
-    return is_matrix and place_of(info.name, anatomy).part == "layer"
+def _separable(skeleton: Skeleton, key_map: KeyMap, keys: Iterable[str]) -> frozenset[str]:
+    """Modules of experts in 16 bits that `load_in_4bit=True` would quantize one by one: none where any layer's lie in
+    the checkpoint in one tensor."""
+    if skeleton.quantizer is not None:
+        return frozenset()
+    separable = separable_experts(skeleton)
+    matched = (key_map(key) for key in keys)
+    in_one = any(name.rpartition(".")[0] in separable and not key_map.merges(pattern) for name, pattern in matched)
+    return frozenset() if in_one else separable
+
+
+def _packed_shapes(info: ParameterInfo, skeleton: Skeleton, separable: frozenset[str]) -> tuple[tuple[int, ...], ...]:
+    """What 4-bit quantization packs of it, or would: the layers' matrices, as transformers chooses them by default, and
+    those of their experts."""
+    if skeleton.quantizer is not None:
+        return (info.shape,) if info.quantized == "4bit" else ()
+    if place_of(info.name, skeleton.anatomy).part != "layer":
+        return ()
+    if info.name.rpartition(".")[0] in separable:
+        return tuple(shape for _, shape in by_expert(info.name, info.shape))
+    return (info.shape,) if skeleton.is_linear(info.name) else ()
 
 
 def _lighter(

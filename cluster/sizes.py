@@ -106,15 +106,15 @@ def serialized_bytes(name: str, shape: tuple[int, ...], kind: str, stored: Mappi
 class Item:
     """A parameter or buffer of the model, with the checkpoint bytes that become it (0 for a computed buffer).
 
-    packed_shape: of one that 4-bit quantization would pack or already packs, so that what it would weigh in another
-    form can be told; None for all others.
+    packed_shapes: of one that 4-bit quantization would pack or already packs, so that what it would weigh in another
+    form can be told; none for all others. Several of one that holds experts, which are quantized one by one.
     """
 
     name: str
     place: Place
     resident_bytes: int
     fetch_bytes: int
-    packed_shape: tuple[int, ...] | None = None
+    packed_shapes: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +212,8 @@ def in_4bit(items: Iterable[Item], *, double: bool) -> list[Item]:
     """`items` with each one that 4 bits can pack in 4 bits; `double` as `bnb_4bit_use_double_quant`."""
     storage = Storage(kind="4bit", double=double)
     return [
-        replace(item, resident_bytes=parameter_bytes(item.packed_shape, storage)) if item.packed_shape else item
+        replace(item, resident_bytes=sum(parameter_bytes(shape, storage) for shape in item.packed_shapes))
+        if item.packed_shapes
+        else item
         for item in items
     ]

@@ -27,7 +27,7 @@ from shardlift.worker.part_cache import PartCache, key_of
 from shardlift.worker.records import TensorRecord
 from shardlift.worker.residency import measure
 from shardlift.worker.skeleton import build_skeleton, parse_config
-from tests.support import checkpoints, ring
+from tests.support import checkpoints, packing, ring
 from tests.support.checkpoints import tiny
 from tests.support.fingerprint import fingerprint
 from tests.test_families import check_decoding, check_forward, prompt
@@ -359,6 +359,38 @@ def test_a_model_of_30_billion_parameters_plans_to_18_gb_by_default() -> None:
     assert (small.quantize_experts, large.quantize_experts) == (True, False)
     assert small.outline.sizes.stage(0, 48)[0] == pytest.approx(18.0e9, rel=0.02)
     assert large.outline.sizes.stage(0, 48)[0] == pytest.approx(59.7e9, rel=0.02)
+
+
+def test_what_a_mixture_would_weigh_in_4_bits_is_what_it_weighs_then() -> None:
+    """A refusal for want of memory offers it: it must not be told that 56 GB are left where 18 are."""
+    config, records = qwen3_30b_a3b()
+    options: dict[str, Any] = {"dtype": "bfloat16", "attn_implementation": None}
+    plain = lay_out(config, records, quantization=None, quantize_experts=None, **options).outline
+    for (option, sizes), kind in zip(plain.lighter, ("nf4", "nf4+double"), strict=True):
+        there = lay_out(config, records, quantization=config_of(kind).to_dict(), quantize_experts=None, **options)
+        assert sizes.stage(0, 48) == there.outline.sizes.stage(0, 48), option
+    kept = lay_out(config, records, quantization=None, quantize_experts=False, **options).outline
+    assert kept.lighter[0][1].stage(0, 48)[0] > 55e9
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "gpt2"])
+def test_what_a_model_would_weigh_in_4_bits(checkpoint_of: Checkpoints, family: str) -> None:
+    """Whether its experts can be quantized or not, and its layers are linear or GPT-2's."""
+    plain, there = (
+        planned(checkpoint_of(family), stages=1, quantization=chosen, quantize_experts=None).plan.outline
+        for chosen in (None, config_of("nf4").to_dict())
+    )
+    assert plain.lighter[0][1].stage(0, LAYERS) == there.sizes.stage(0, LAYERS)
+
+
+def test_what_a_mixture_in_fp8_would_weigh_in_4_bits(checkpoint_of: Checkpoints, tmp_path: Path) -> None:
+    folder = packing.rewrite(checkpoint_of("deepseek_v3"), tmp_path / "fp8", packing.fp8(), packing.fp8_config())
+    plain = planned(folder, stages=1, quantize_experts=None).plan.outline
+    there = planned(
+        folder, stages=1, quantization=config_of("nf4").to_dict(), requantize=True, quantize_experts=None
+    ).plan.outline
+    assert plain.lighter[0][0] == "load_in_4bit=True, requantize=True"
+    assert plain.lighter[0][1].stage(0, LAYERS) == there.sizes.stage(0, LAYERS)
 
 
 # ---- by default ------------------------------------------------------------------------------------------------------

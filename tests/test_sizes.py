@@ -141,7 +141,11 @@ def test_what_is_left_weighs_what_its_stages_weighed() -> None:
 def test_in_4_bits_only_what_can_be_packed_is_lighter() -> None:
     plain = Item(name="norm", place=Place(part="after"), resident_bytes=128, fetch_bytes=128)
     weight = Item(
-        name="up", place=Place(part="layer", layer=0), resident_bytes=16384, fetch_bytes=16384, packed_shape=(64, 128)
+        name="up",
+        place=Place(part="layer", layer=0),
+        resident_bytes=16384,
+        fetch_bytes=16384,
+        packed_shapes=((64, 128),),
     )
     for double in (False, True):
         same, packed = in_4bit([plain, weight], double=double)

@@ -171,6 +171,11 @@ class Skeleton:
                 quantized="",
             )
 
+    def is_linear(self, name: str) -> bool:
+        """Whether `name` is the weight of a linear layer: what a quantizer replaces. A router often is none."""
+        path, _, parameter = name.rpartition(".")
+        return parameter == "weight" and isinstance(self.model.get_submodule(path), (nn.Linear, Conv1D))
+
     def is_separate(self, name: str) -> bool:
         """Whether `name` is one of a parameter of all experts that are going to be separated."""
         return name.rpartition(".")[0] in self.separate
@@ -792,13 +797,8 @@ def _separate_experts(skeleton: Skeleton) -> None:
         raise InvalidRequestError(
             "quantize_experts=True quantizes experts to 4 bits as the rest of the model: it needs load_in_4bit=True"
         )
-    converters = [entry for entry in skeleton.weight_mapping if isinstance(entry, WeightConverter)]
     skeleton.separate = frozenset(
-        path
-        for path, module in skeleton.model.named_modules()
-        if is_separable(module)
-        and all(any(_merges_experts(each, f"{path}.{name}") for each in converters) for name in PROJECTIONS)
-        and should_convert_module(path, quantizer.modules_to_not_convert)
+        path for path in separable_experts(skeleton) if should_convert_module(path, quantizer.modules_to_not_convert)
     )
     skeleton.weight_mapping = [
         _MergeOrSeparate(entry, skeleton.separate, skeleton.model.base_model_prefix)
@@ -806,6 +806,17 @@ def _separate_experts(skeleton: Skeleton) -> None:
         else entry
         for entry in skeleton.weight_mapping
     ]
+
+
+def separable_experts(skeleton: Skeleton) -> frozenset[str]:
+    """Paths of the modules whose experts could be quantized one by one."""
+    converters = [entry for entry in skeleton.weight_mapping if isinstance(entry, WeightConverter)]
+    return frozenset(
+        path
+        for path, module in skeleton.model.named_modules()
+        if is_separable(module)
+        and all(any(_merges_experts(each, f"{path}.{name}") for each in converters) for name in PROJECTIONS)
+    )
 
 
 def _merges_experts(entry: Any, name: str) -> bool:
