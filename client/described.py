@@ -150,7 +150,8 @@ class DescribedModel:
         return info.parameter_bytes + adapters + (info.buffer_bytes if return_buffers else 0)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many parameters the model has, before any quantization. None of a resident model is trainable."""
+        """How many parameters the base has, before any quantization. None of a resident model is trainable through its
+        handle, adapters' neither: `only_trainable` gives 0. What adapters hold is in `residency()`."""
         if only_trainable:
             return 0
         import torch

@@ -94,8 +94,8 @@ def outline(name: str, source: registry_pb2.ModelSource, token: HubToken, base: 
     found = outline_adapter(skeleton, name, config, list(records.values()), source.path)
     if found.parameters and base.quantize_experts:
         raise UnsupportedModelError(
-            f"{source.path} is an adapter of experts, which this model holds one by one (quantize_experts): load the "
-            "model without that"
+            f"{source.path} is an adapter of experts, which this model holds in 4 bits, one by one: load it with "
+            "quantize_experts=False (--no-quantize-experts), which leaves experts in 16 bits"
         )
     return OutlinedAdapter(
         spec=AdapterSpec(

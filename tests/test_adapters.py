@@ -76,6 +76,9 @@ CASES = {
     "mixtral": Case(family="mixtral"),
     "mixtral, experts": Case(family="mixtral", config=lambda: lora(target_modules="all-linear")),
     "mixtral, nf4": Case(family="mixtral", quantization=NF4),
+    "mixtral, nf4, experts": Case(
+        family="mixtral", config=lambda: lora(target_modules="all-linear"), quantization=NF4, dtype="bfloat16"
+    ),
 }
 
 
@@ -204,24 +207,114 @@ def test_stages_hold_what_peft_holds_under_the_names_of_the_whole_model(adapted:
     assert not any(parameter.requires_grad for parameter in ours.values())
 
 
-def test_an_adapter_on_a_stage_can_be_trained(tmp_path: Path) -> None:
-    base = checkpoints.tiny("llama", tmp_path / "base")
-    path = adapters.make(base, tmp_path / "adapter", lora())
-    (stage,) = ring.load(base, ())
-    adapters.attach([stage], adapters.outlined(base, path, "x").spec)
-    stage.adapters.use(("x",))
-    whole = adapters.whole(base, {"x": path})
-    gradients = []
-    for model in (stage.model, whole.base_model.model):
-        model.train()
-        own = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
-        for parameter in own.values():
-            parameter.requires_grad_(True)
-        model(IDS, labels=IDS).loss.backward()
-        gradients.append({name: parameter.grad for name, parameter in own.items()})
-    ours, theirs = gradients
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+Gradients = dict[str, torch.Tensor | None]
+
+
+def trained(stages: list[ResidentStage], names: tuple[str, ...] = ("x",)) -> Gradients:
+    """The gradients of what LoRA has, over the stages, as a pipeline has them: each takes its input's from the next."""
+    own = {}
+    for stage in stages:
+        stage.adapters.use(names)
+        stage.model.train()
+        for name, parameter in stage.model.named_parameters():
+            if ".lora_" in name:
+                own[name] = parameter.requires_grad_(True)
+    positions, inputs, outputs, hidden = torch.arange(IDS.shape[1])[None], [], [], IDS
+    for stage in stages:
+        fields: dict[str, Any] = {"position_ids": positions, "use_cache": False}
+        fields["input_ids" if stage.cut.is_first else "inputs_embeds"] = hidden
+        if stage.cut.is_last:
+            outputs.append(stage.model(**fields, labels=IDS).loss)
+        else:
+            outputs.append(stage.model.get_submodule(stage.anatomy.base)(**fields).last_hidden_state)
+            hidden = outputs[-1].detach().requires_grad_(True)
+            inputs.append(hidden)
+    outputs.pop().backward()
+    while outputs:
+        outputs.pop().backward(inputs.pop().grad)
+    gradients = {name: parameter.grad for name, parameter in own.items()}
+    for stage in stages:
+        stage.model.eval()
+        for parameter in stage.model.parameters():
+            parameter.grad = None
+            parameter.requires_grad_(False)
+    return gradients
+
+
+def trained_by_peft(base: Path, path: Path, case: Case) -> Gradients:
+    whole = adapters.whole(base, {"x": path}, quantization=case.quantization, dtype=case.dtype)
+    whole.train()
+    own = {
+        name.removeprefix("base_model.model."): parameter.requires_grad_(True)
+        for name, parameter in whole.named_parameters()
+        if ".lora_" in name
+    }
+    with adapters.quiet():
+        whole(IDS, labels=IDS).loss.backward()
+    return {name: parameter.grad for name, parameter in own.items()}
+
+
+TRAINED = {
+    "float32": Case(ends=()),
+    "nf4": Case(config=lambda: lora(target_modules="all-linear"), quantization=NF4, dtype="bfloat16", ends=()),
+    "nf4, two stages": Case(
+        config=lambda: lora(target_modules="all-linear"), quantization=NF4, dtype="bfloat16", ends=(2,)
+    ),
+    "single quantization, float32": Case(
+        config=lambda: lora(target_modules="all-linear"),
+        quantization={"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_quant_storage": "bfloat16"},
+        ends=(1,),
+    ),
+    "int8, two stages": Case(quantization=INT8, dtype="float16", ends=(2,)),
+    "gpt2, nf4": Case(
+        family="gpt2",
+        config=lambda: lora(target_modules=["c_attn"], fan_in_fan_out=True),
+        quantization=NF4,
+        dtype="bfloat16",
+        ends=(2,),
+        base={"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_adapters_on_stages_can_be_trained_before_they_serve_and_after(name: str, tmp_path: Path) -> None:
+    """On CPUs with AVX512-BF16, bitsandbytes packs what has computed; the kernel for that has no gradient."""
+    case = TRAINED[name]
+    base, stages = load(case, tmp_path)
+    path = adapters.make(base, tmp_path / "adapter", case.config())
+    adapters.attach(stages, adapters.outlined(base, path, "x", dtype=str(stages[0].dtype).removeprefix("torch.")).spec)
+    expected = trained_by_peft(base, path, case)
+    assert expected
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in expected.values())
+    answers = []
+    for _ in range(2):  # fresh, and after the first has served
+        ours = trained(stages)
+        assert ours.keys() == expected.keys()
+        differ = [each for each in expected if ours[each] is None or not torch.equal(ours[each], expected[each])]
+        assert not differ
+        answers.append([adapters.through(stages, IDS, names) for names in (["x"], [])])
+    for before, after in zip(*answers, strict=True):
+        assert torch.equal(before, after)
+
+
+def test_a_pass_that_is_still_to_go_back_keeps_its_weights_while_others_are_served(tmp_path: Path) -> None:
+    case = TRAINED["nf4"]
+    base, stages = load(case, tmp_path)
+    path = adapters.make(base, tmp_path / "adapter", case.config())
+    adapters.attach(stages, adapters.outlined(base, path, "x", dtype="bfloat16").spec)
+    (stage,) = stages
+    served = adapters.through(stages, IDS, ["x"])
+    expected = trained(stages)
+    own = {name: each.requires_grad_(True) for name, each in stage.model.named_parameters() if ".lora_" in name}
+    stage.model.train()
+    loss = stage.model(IDS, labels=IDS).loss
+    stage.model.eval()
+    assert torch.equal(adapters.through(stages, IDS, ["x"]), served)
+    loss.backward()
+    for name, parameter in own.items():
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, expected[name]), name
 
 
 # -- in a ring ---------------------------------------------------------------------------------------------------------
@@ -386,6 +479,14 @@ def test_what_does_not_go_with_the_model_is_refused_before_anything_is_fetched(
     with pytest.raises(kind, match=said) as caught:
         adapters.outlined(adapted.base, path, "x")
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_of_experts_in_4_bits_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    base = checkpoints.tiny("mixtral", tmp_path / "base")
+    path = adapters.make(base, tmp_path / "adapter", lora(target_modules="all-linear"))
+    with pytest.raises(errors.UnsupportedModelError, match=r"quantize_experts=False \(--no-quantize-experts\)"):
+        adapters.outlined(base, path, "x", quantize_experts=True)
+    assert adapters.outlined(base, path, "x").outline.parameters
 
 
 def test_an_adapter_that_would_change_the_base_for_everybody_is_refused(adapted: Adapted, tmp_path: Path) -> None:

@@ -117,6 +117,24 @@ def test_what_adapters_hold_is_counted_and_given_back(model: RemoteModel, files:
     assert 0 < adapter.bytes == model.get_memory_footprint() - before
     held = [name for stage in model.residency() for name in stage.modules]
     assert "model.layers.3.self_attn.q_proj.lora_A.b" in held
+    # transformers' test of adapter training: what could be trained is there, under peft's names, and of its sizes.
+    trainable = {
+        name.removeprefix("base_model.model.").removesuffix(".weight"): (
+            str(parameter.dtype).removeprefix("torch."),
+            parameter.numel() * parameter.element_size(),
+        )
+        for name, parameter in files.whole.named_parameters()
+        if ".lora_" in name and name.endswith(".b.weight")
+    }
+    found = {
+        name: (module.dtype, module.bytes)
+        for stage in model.residency()
+        for name, module in stage.modules.items()
+        if ".lora_" in name
+    }
+    assert found == trainable
+    assert len(found) == 2 * 7 * 4
+    assert model.num_parameters(only_trainable=True) == 0
     model.delete_adapter("b")
     assert model.adapters() == []
     assert model.active_adapters() == []

@@ -2,7 +2,8 @@
 
 After tests/quantization/bnb/test_4bit.py and test_mixed_int8.py of transformers: footprint, number and dtypes of
 parameters, which modules stay as they are, the config, what a quantized model can't be turned into, generation, and a
-serialization round trip. Each over two stages, beside the same model in one process. Adapters are tested elsewhere.
+serialization round trip. Each over two stages, beside the same model in one process. What they assert of adapters, that
+their modules are there and have gradients, is in tests/test_adapters.py and tests/test_adapters_cluster.py.
 """
 
 from __future__ import annotations

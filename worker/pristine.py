@@ -1,9 +1,13 @@
-"""What a model's modules held before their first pass, which is what a checkpoint has to hold.
+"""What a model's modules held before their first pass, which is what a checkpoint has to hold, and what gradients need.
 
 bitsandbytes changes its modules when they first compute. Everywhere a bias takes the dtype that is computed in. On CPUs
 with AVX512-BF16 a 4-bit weight is packed in another order, its statistics are rounded to bf16, and double quantization
 is undone. The order can be put back to the bit. Of the statistics, those that would lose bits are kept here: one byte
 for 64 weights with double quantization, nothing without it in a bf16 model.
+
+The kernel for packed weights has no gradient, and torch goes on without one. So it is not bitsandbytes that packs the
+weights of a resident model, but `Pristine`, before a pass without gradients; before one with them it puts back what was
+there. A pass whose backward is still to come keeps the weights that it was made with.
 """
 
 from __future__ import annotations
@@ -42,11 +46,13 @@ class HeldTensor:
 class Snapshot:
     """What one module holds of its own at a moment between two passes; no copies.
 
-    tensors: its parameters and persistent buffers. state: of a 4-bit weight. scales: of an 8-bit weight.
+    tensors: its parameters and persistent buffers. state: of a 4-bit weight; kept: the one before it was packed, where
+    it can't be made again. scales: of an 8-bit weight.
     """
 
     tensors: dict[str, torch.Tensor]
     state: Any = None
+    kept: Any = None
     scales: torch.Tensor | None = None
 
 
@@ -54,32 +60,69 @@ class Pristine:
     """Made before the model's first pass. Costs nothing until that changes something."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._states: dict[str, Any] = {}
-        self._biases: dict[str, torch.Tensor] = {}
-        for path, module in model.named_modules():
+        self._packed: set[nn.Module] = set()
+        self._states: dict[nn.Module, Any] = {}
+        self._biases: dict[nn.Module, torch.Tensor] = {}
+        for module in model.modules():
             if not isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
                 continue
             if module.bias is not None:
-                self._biases[path] = module.bias.data
-            if isinstance(module, bnb.nn.Linear4bit) and _will_be_packed(module):
+                self._biases[module] = module.bias.data
+            if isinstance(module, bnb.nn.Linear4bit) and _would_be_packed(module):
+                module.support_avx512bf16_for_cpu = False
                 state = module.weight.quant_state
+                if state.shape[0] % _PACKED_ROWS or state.shape[1] % state.blocksize:
+                    continue  # bitsandbytes would try, and fail
                 if state.nested or not torch.equal(state.absmax.bfloat16().float(), state.absmax):
                     # Packing puts other tensors in the place of these; it doesn't write to them.
-                    self._states[path] = copy.copy(state)
+                    self._states[module] = copy.copy(state)
+                module.register_forward_pre_hook(self._before_pass)
 
-    def snapshot(self, path: str, module: nn.Module) -> Snapshot:
+    def _before_pass(self, module: nn.Module, inputs: Any) -> None:
+        is_packed = module in self._packed
+        if is_packed is not torch.is_grad_enabled():
+            return  # nearly always
+        assert isinstance(module, bnb.nn.Linear4bit)
+        if is_packed:
+            self.unpack(module)
+        elif not module.training:
+            # Into a state of its own: whoever still has to go back through an earlier pass needs that one.
+            state = copy.copy(module.weight.quant_state)
+            _put(module, *bnb.functional._convert_weight_packed_for_cpu(module.weight.data, state))
+            self._packed.add(module)
+
+    def unpack(self, module: bnb.nn.Linear4bit) -> None:
+        """Puts a packed weight and its statistics back as they were before the module's first pass, to the bit.
+
+        On the thread that computes.
+        """
+        snapshot = self.snapshot(module)
+        _put(module, self.held(snapshot)["weight"].read(), self._state_before(snapshot))
+        self._packed.discard(module)
+
+    def _state_before(self, snapshot: Snapshot) -> Any:
+        """The statistics of a packed weight before it was."""
+        if snapshot.kept is not None:
+            return copy.copy(snapshot.kept)
+        state = copy.copy(snapshot.state)
+        state.absmax = _widened(state.absmax.T)
+        state.dtype, state.packing_format_for_cpu = state.original_dtype, False
+        return state
+
+    def snapshot(self, module: nn.Module) -> Snapshot:
         """To be taken on the thread that computes, or when nothing does. Quick."""
         tensors = {name: tensor.detach() for name, tensor in own_tensors(module)}
-        if path in self._biases:
-            tensors["bias"] = self._biases[path]
+        if module in self._biases:
+            tensors["bias"] = self._biases[module]
         if isinstance(module, bnb.nn.Linear4bit):
-            return Snapshot(tensors=tensors, state=copy.copy(getattr(module.weight, "quant_state", None)))
+            state = copy.copy(getattr(module.weight, "quant_state", None))
+            return Snapshot(tensors=tensors, state=state, kept=self._states.get(module))
         if isinstance(module, bnb.nn.Linear8bitLt) and not module.state.has_fp16_weights:
             scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
             return Snapshot(tensors=tensors, scales=scales)
         return Snapshot(tensors=tensors)
 
-    def held(self, path: str, snapshot: Snapshot) -> dict[str, HeldTensor]:
+    def held(self, snapshot: Snapshot) -> dict[str, HeldTensor]:
         """What the module's part of a checkpoint is, by name within the module, as bitsandbytes serializes it."""
         found = {name: HeldTensor.of(tensor) for name, tensor in snapshot.tensors.items()}
         if snapshot.scales is not None:
@@ -91,9 +134,8 @@ class Pristine:
         if not getattr(state, "packing_format_for_cpu", False):
             return found | {f"weight.{name}": HeldTensor.of(value) for name, value in _statistics(state)}
         found["weight"] = _unpacked(snapshot.tensors["weight"], state)
-        kept = self._states.get(path)
-        if kept is not None:
-            return found | {f"weight.{name}": HeldTensor.of(value) for name, value in _statistics(kept)}
+        if snapshot.kept is not None:
+            return found | {f"weight.{name}": HeldTensor.of(value) for name, value in _statistics(snapshot.kept)}
         rounded, state = state.absmax, copy.copy(state)
         state.absmax, state.dtype = torch.empty(0, device="meta"), state.original_dtype
         found |= {f"weight.{name}": HeldTensor.of(value) for name, value in _statistics(state)}
@@ -102,31 +144,31 @@ class Pristine:
         )
         return found
 
-    def dequantized(self, path: str, snapshot: Snapshot) -> HeldTensor:
+    def dequantized(self, snapshot: Snapshot) -> HeldTensor:
         """A 4-bit weight in the dtype that it was quantized from."""
         state = snapshot.state
         packed = getattr(state, "packing_format_for_cpu", False)
         dtype = state.original_dtype if packed else state.dtype
 
         def read() -> torch.Tensor:
-            held, whole = self.held(path, snapshot), copy.copy(state)
-            if packed:
-                whole = copy.copy(self._states.get(path, state))
-                if path not in self._states:
-                    whole.absmax, whole.dtype = held["weight.absmax"].read(), dtype
-                whole.packing_format_for_cpu = False
-            weight: torch.Tensor = bnb.functional.dequantize_4bit(held["weight"].read(), whole)
+            whole = self._state_before(snapshot) if packed else copy.copy(state)
+            weight: torch.Tensor = bnb.functional.dequantize_4bit(self.held(snapshot)["weight"].read(), whole)
             return weight
 
         return HeldTensor(dtype=dtype, shape=tuple(state.shape), read=read)
 
 
-def _will_be_packed(module: bnb.nn.Linear4bit) -> bool:
+def _would_be_packed(module: bnb.nn.Linear4bit) -> bool:
     return (
         getattr(module, "support_avx512bf16_for_cpu", False)
         and module.weight.device.type == "cpu"
         and getattr(module.weight, "quant_state", None) is not None
     )
+
+
+def _put(module: bnb.nn.Linear4bit, weight: torch.Tensor, state: Any) -> None:
+    module.weight.data = weight
+    module.weight.quant_state = module.quant_state = state
 
 
 def _statistics(state: Any) -> list[tuple[str, torch.Tensor]]:

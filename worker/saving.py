@@ -183,8 +183,8 @@ class StageSaver:
                 total += parameter.numel() if state is None else prod(state.shape)
         return total
 
-    def _snapshot(self, path: str, module: nn.Module) -> Snapshot:
-        return self._on_compute(lambda: self._stage.pristine.snapshot(path, module))
+    def _snapshot(self, module: nn.Module) -> Snapshot:
+        return self._on_compute(lambda: self._stage.pristine.snapshot(module))
 
     # -- what becomes of it ----------------------------------------------------------------------------------------
 
@@ -202,14 +202,12 @@ class StageSaver:
                 experts[path] = module
                 resident |= {f"{path}.{name}": held for name, held in _merged(module, self._stage.dtype).items()}
                 continue
-            snapshot = self._snapshot(path, module)
-            for name, held in self._stage.pristine.held(path, snapshot).items():
+            snapshot = self._snapshot(module)
+            for name, held in self._stage.pristine.held(snapshot).items():
                 full = f"{path}.{name}" if path else name
                 if full in left_out or not self._is_ours(full):
                     continue
-                resident[full] = HeldTensor(
-                    dtype=held.dtype, shape=held.shape, read=partial(self._read, path, module, name)
-                )
+                resident[full] = HeldTensor(dtype=held.dtype, shape=held.shape, read=partial(self._read, module, name))
                 is_quantized = snapshot.state is not None or snapshot.scales is not None
                 if is_quantized and name.startswith("weight"):
                     quantized.add(full)
@@ -255,16 +253,15 @@ class StageSaver:
         if len(places) != len(group.saved):
             raise UnsupportedModelError(f"{merged} has no tensors of single experts in a checkpoint")
         for name, (projection, number) in zip(group.saved, places, strict=True):
-            linear_path = f"{path}.{number}.{projection}"
             linear = module.get_submodule(f"{number}.{projection}")
-            snapshot = self._snapshot(linear_path, linear)
+            snapshot = self._snapshot(linear)
             if snapshot.state is not None and not keep_quantized:
-                held = self._stage.pristine.dequantized(linear_path, snapshot)
-                read = partial(self._dequantize, linear_path, linear)
+                held = self._stage.pristine.dequantized(snapshot)
+                read = partial(self._dequantize, linear)
                 yield SavedTensor(name=name, held=HeldTensor(dtype=held.dtype, shape=held.shape, read=read))
                 continue
-            for part, held in self._stage.pristine.held(linear_path, snapshot).items():
-                read = partial(self._read, linear_path, linear, part)
+            for part, held in self._stage.pristine.held(snapshot).items():
+                read = partial(self._read, linear, part)
                 yield SavedTensor(
                     name=name + part.removeprefix("weight"),
                     held=HeldTensor(dtype=held.dtype, shape=held.shape, read=read),
@@ -272,11 +269,11 @@ class StageSaver:
 
     # Looked up when it is written: until then nothing is held on to.
 
-    def _read(self, path: str, module: nn.Module, name: str) -> torch.Tensor:
-        return self._stage.pristine.held(path, self._snapshot(path, module))[name].read()
+    def _read(self, module: nn.Module, name: str) -> torch.Tensor:
+        return self._stage.pristine.held(self._snapshot(module))[name].read()
 
-    def _dequantize(self, path: str, module: nn.Module) -> torch.Tensor:
-        return self._stage.pristine.dequantized(path, self._snapshot(path, module)).read()
+    def _dequantize(self, module: nn.Module) -> torch.Tensor:
+        return self._stage.pristine.dequantized(self._snapshot(module)).read()
 
 
 def _merged(experts: Experts4bit, dtype: torch.dtype) -> dict[str, HeldTensor]:

@@ -77,13 +77,15 @@ def logits(adapted: Any, ids: torch.Tensor, names: Sequence[str]) -> torch.Tenso
         return result
 
 
-def outlined(base: Path, path: Path, name: str, *, dtype: str = "float32", **fields: Any) -> adapters.OutlinedAdapter:
+def outlined(
+    base: Path, path: Path, name: str, *, dtype: str = "float32", quantize_experts: bool = False, **fields: Any
+) -> adapters.OutlinedAdapter:
     """The adapter at `path` as the controller outlines it."""
     model = adapters.BaseModel(
         config=json.loads((base / "config.json").read_text()),
         dtype=dtype,
         attn_implementation=None,
-        quantize_experts=False,
+        quantize_experts=quantize_experts,
         source=SourceSpec(kind="folder", location=str(base)),
     )
     return adapters.outline(name, registry_pb2.ModelSource(path=str(path), **fields), None, model)
