@@ -64,6 +64,7 @@ def test_from_pretrained_has_the_contract_signature() -> None:
     assert names[1 + len(CONTRACT) :] == [
         "quantize_experts",
         "requantize",
+        "dequantize",
         "staging_budget",
         "connections",
         "part_cache",
