@@ -51,6 +51,7 @@ class AutoModelForCausalLM:
         experts_implementation: str | None = None,
         quantize_experts: bool | None = None,
         requantize: bool = False,
+        dequantize: bool = False,
         staging_budget: int | str | None = None,
         connections: int | None = None,
         part_cache: bool = True,
@@ -80,7 +81,9 @@ class AutoModelForCausalLM:
                 transformers leaves them, merged, in 16 bits. By default with load_in_4bit, as far as the family and the
                 checkpoint allow it; True insists on it, False has transformers' own outcome.
             requantize: quantize what a checkpoint holds quantized already (GPTQ, AWQ, FP8, MXFP4, compressed-tensors)
-                anew, as `quantization_config` says. Without, such weights are unpacked and held unquantized.
+                anew, as `quantization_config` says. Without, such weights stay packed where transformers' own quantizer
+                for them can compute on every node, and are unpacked to 16 bits where it can't.
+            dequantize: unpack such weights in any case.
             staging_budget: memory of each worker for bytes on their way: a number, or "512MiB", the default.
             connections: reads at a time of each worker; by default 4.
             part_cache: whether nodes may read, and keep, their quantized parts on disk.
@@ -108,6 +111,7 @@ class AutoModelForCausalLM:
             "quantization_config": quantization_config,
             "quantize_experts": quantize_experts,
             "requantize": requantize,
+            "dequantize": dequantize,
             "device_map": device_map,
             "max_memory": max_memory,
             "num_stages": num_stages,

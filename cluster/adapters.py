@@ -20,6 +20,7 @@ from ..worker.adapter_spec import AdapterSpec
 from ..worker.adapters import AdapterOutline, check_adapter_config, check_peft, outline_adapter
 from ..worker.anatomy import Anatomy, Cut
 from ..worker.code_spec import CodeSpec
+from ..worker.packed import BITSANDBYTES, quantization_method
 from ..worker.records import HubToken, SourceSpec
 from ..worker.remote_code import import_code
 from ..worker.skeleton import build_skeleton, parse_config
@@ -28,6 +29,7 @@ from ..worker.tensors import dtype_by_name
 from . import requests
 from .checkpoint import exists, read_headers, read_json, resolve_source
 from .layout import attention_to_plan_with
+from .own_forms import can_keep
 from .planning import OutlinedModel, outline_model
 
 CONFIG_FILE = "adapter_config.json"
@@ -66,6 +68,11 @@ def outline(name: str, source: registry_pb2.ModelSource, token: HubToken, base: 
     Raises the errors of sources and headers; UnsupportedModelError for a kind that stages can't have, or without peft;
     InvalidRequestError and TensorMismatchError where it doesn't go with the model.
     """
+    if (method := quantization_method(base.config)) not in ("", BITSANDBYTES):
+        raise UnsupportedModelError(
+            f"the model's weights stay packed with {method}, and adapters can't be put on those: load it with "
+            "dequantize=True (--dequantize)"
+        )
     spec = resolve_source(requests.checkpoint_request(source), token)
     reader = open_source(spec, token)
     try:
@@ -142,7 +149,10 @@ def outline_path(source: registry_pb2.ModelSource, options: registry_pb2.LoadOpt
 
     def of_model(base: registry_pb2.ModelSource) -> OutlinedModel:
         return outline_model(
-            requests.checkpoint_request(base), requests.access_token(base), requests.model_options(options)
+            requests.checkpoint_request(base),
+            requests.access_token(base),
+            requests.model_options(options),
+            can_keep(options),
         )
 
     elsewhere = options.adapter if options.HasField("adapter") else None

@@ -103,10 +103,12 @@ def lay_out(
     packing: Packing | None = None,
     anatomy: Anatomy | None = None,
     code: ModelCode | None = None,
+    keep_packing: bool = False,
 ) -> Layout:
     """`config`, `quantization` and `packing` as `quantized.settle` leaves them. quantize_experts: None for a mixture's
     experts in 4 bits wherever the model is quantized to 4 bits and they can be. anatomy: of a family that isn't listed,
-    as a self-check has found it. code: the checkpoint's own.
+    as a self-check has found it. code: the checkpoint's own. keep_packing: packed weights stay as they are, in the
+    modules of transformers' quantizer.
 
     Raises UnsupportedModelError, InvalidRequestError, and TensorMismatchError for tensors that the model lacks, has too
     many, or wants in another shape.
@@ -126,6 +128,7 @@ def lay_out(
             quantize_experts=experts,
             anatomy=anatomy,
             code=code,
+            keep_packing=keep_packing,
         )
         return skeleton, KeyMap(skeleton)
 
@@ -147,15 +150,19 @@ def lay_out(
         fetch[target] = fetch.get(target, 0) + stored[key].size_bytes
     serialized = _serialized(skeleton, key_map, targets, records)
     separable = frozenset() if quantize_experts is False else _separable(skeleton, key_map, stored)
+
+    def resident_bytes(info: ParameterInfo) -> int:
+        if skeleton.is_prequantized and info.quantized:
+            return serialized_bytes(info.name, info.shape, info.quantized, serialized.get(info.name, {}))
+        if keep_packing and info.name in fetch and "float" not in info.dtype:
+            return fetch[info.name]  # transformers casts no integers
+        return parameter_bytes(info.shape, _storage(info, skeleton))
+
     items = [
         Item(
             name=info.name,
             place=place_of(info.name, skeleton.anatomy),
-            resident_bytes=(
-                serialized_bytes(info.name, info.shape, info.quantized, serialized.get(info.name, {}))
-                if skeleton.is_prequantized and info.quantized
-                else parameter_bytes(info.shape, _storage(info, skeleton))
-            ),
+            resident_bytes=resident_bytes(info),
             fetch_bytes=fetch.get(info.name, 0),
             packed_shapes=_packed_shapes(info, skeleton, separable),
         )
@@ -194,7 +201,7 @@ def lay_out(
             *([] if anatomy is None else [_UNLISTED.format(skeleton.model.config.model_type)]),
             *(_notes_on_experts(skeleton, infos) if is_default else ()),
         ),
-        is_fixed=skeleton.is_prequantized,
+        is_fixed=skeleton.is_prequantized or keep_packing,
     )
     return Layout(
         outline=outline,
@@ -277,6 +284,8 @@ def _lighter(
     """What a user could write to make the model lighter than it is, and whether that is double quantization."""
     if skeleton.is_prequantized:
         return []
+    if skeleton.keeps_packing:
+        return []  # the shapes that would be packed anew aren't here
     if not quantization:
         flags = "load_in_4bit=True, requantize=True" if packing else "load_in_4bit=True"
         return [(flags, False), (f"{flags}, bnb_4bit_use_double_quant=True", True)]
@@ -292,6 +301,13 @@ def _workspace_bytes(skeleton: Skeleton, infos: Sequence[ParameterInfo]) -> int:
     item = ITEM_BYTES[dtype_name(skeleton.dtype)]
     workspace = activation_bytes(CHUNK_TOKENS, config.hidden_size, inner_size(config), item)
     workspace += sum(skeleton.state_bytes_per_row())
+    if skeleton.keeps_packing:
+        # Kernels for packed weights may unpack one whole, too.
+        shapes = [
+            (getattr(module, "in_features", 0), getattr(module, "out_features", 0))
+            for module in skeleton.model.modules()
+        ]
+        workspace += max(rows * columns for rows, columns in shapes) * item
     packed = [prod(info.shape) for info in infos if info.quantized == "4bit"]
     if packed:
         compute_dtype = skeleton.quantizer.quantization_config.bnb_4bit_compute_dtype

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..proto.v1.errors import InvalidRequestError
+from ..proto.v1.errors import InvalidRequestError, TensorMismatchError, UnsupportedModelError, one_line
 from ..proto.v1.tls import TLS
 from ..worker.code_spec import CodeSpec, needs_code
+from ..worker.own_form import Question
 from ..worker.records import HubToken
 from ..worker.remote_code import find_code, import_code
 from ..worker.spec import SessionLimits, StageSpec
@@ -18,8 +19,12 @@ from .devices import Device
 from .layout import Layout, attention_to_plan_with, lay_out, resolve_dtype
 from .overrides import override
 from .plan import Plan, PlanOptions, make_plan
-from .quantized import Quantized, settle
+from .quantized import Quantized, kept, own_form, settle, unpacked
 from .selfcheck import unlisted_anatomy
+
+# Whether a packed model can stay packed wherever it may be placed: "" for yes, else why not. `cluster.own_forms` asks
+# nodes.
+CanKeep = Callable[[Question], str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +32,14 @@ class ModelOptions:
     """How the user wants the model itself: the arguments of `from_pretrained` that change what is computed.
 
     quantize_experts: None to decide by the model. requantize: quantize anew what is quantized in the checkpoint.
+    dequantize: unpack what the checkpoint has packed, whether or not it could stay so.
     """
 
     dtype: str = "auto"
     quantization: Mapping[str, Any] | None = None
     quantize_experts: bool | None = None
     requantize: bool = False
+    dequantize: bool = False
     attn_implementation: str | None = None
     config: Mapping[str, Any] | None = None
     config_overrides: Mapping[str, Any] | None = None
@@ -134,6 +141,7 @@ class PlannedModel:
                     trace=transfer.trace,
                     quantize_experts=model.layout.quantize_experts,
                     packing=model.quantized.packing,
+                    keep_packing=model.quantized.keep_packing,
                     limits=limits,
                     use_batches=serving.use_batches,
                     anatomy=model.layout.anatomy if model.layout.is_unlisted else None,
@@ -145,8 +153,13 @@ class PlannedModel:
         return specs
 
 
-def outline_model(request: CheckpointRequest, token: HubToken, options: ModelOptions) -> OutlinedModel:
-    """Reads config and headers. Raises whatever of shardlift's errors stands against the checkpoint."""
+def outline_model(
+    request: CheckpointRequest, token: HubToken, options: ModelOptions, can_keep: CanKeep | None = None
+) -> OutlinedModel:
+    """Reads config and headers. Raises whatever of shardlift's errors stands against the checkpoint.
+
+    can_keep: None to unpack whatever is packed.
+    """
     checkpoint = read_checkpoint(request, token)
     config = dict(options.config if options.config else checkpoint.config)
     check_config({**config, **(options.config_overrides or {})})
@@ -159,17 +172,40 @@ def outline_model(request: CheckpointRequest, token: HubToken, options: ModelOpt
     attention = attention_to_plan_with(options.attn_implementation)
     unlisted = unlisted_anatomy(config, dtype=dtype, attn_implementation=attention, code=code)
     quantized = settle(config, options.quantization, requantize=options.requantize)
-    layout = lay_out(
-        quantized.config,
-        checkpoint.records,
-        dtype=dtype,
-        quantization=quantized.quantization,
-        attn_implementation=options.attn_implementation,
-        quantize_experts=options.quantize_experts,
-        packing=quantized.packing,
-        anatomy=unlisted,
-        code=code,
-    )
+    if options.dequantize and quantized.packing is None:
+        raise InvalidRequestError(
+            "dequantize=True unpacks GPTQ, AWQ, FP8, MXFP4 and compressed-tensors, but the checkpoint is none of them: "
+            "leave it out"
+        )
+
+    def laid_out(settled: Quantized) -> Layout:
+        return lay_out(
+            settled.config,
+            checkpoint.records,
+            dtype=dtype,
+            quantization=settled.quantization,
+            attn_implementation=options.attn_implementation,
+            quantize_experts=options.quantize_experts,
+            packing=settled.packing,
+            anatomy=unlisted,
+            code=code,
+            keep_packing=settled.keep_packing,
+        )
+
+    own = own_form(config, options.quantization, dequantize=options.dequantize)
+    layout = None
+    if own is not None and can_keep is not None and quantized.packing is not None and not options.quantize_experts:
+        why_not = "the model is one of the checkpoint's own code" * (code is not None) or can_keep(
+            Question(config=own, dtype=dtype, attn_implementation=attention, device="")
+        )
+        if not why_not:
+            try:
+                layout = laid_out(kept(quantized, own))
+            except (InvalidRequestError, TensorMismatchError, UnsupportedModelError) as error:
+                # What transformers itself couldn't load whole: a mixture's experts in GPTQ, say.
+                why_not = f"transformers' quantizer has no place for them: {one_line(error)}"
+        quantized = unpacked(quantized, why_not) if layout is None else kept(quantized, own)
+    layout = layout or laid_out(quantized)
     layout = replace(layout, outline=replace(layout.outline, notes=(*quantized.notes, *layout.outline.notes)))
     return OutlinedModel(
         request=request,
@@ -188,6 +224,7 @@ def plan_model(
     options: ModelOptions,
     spread: PlanOptions,
     devices: Sequence[Device],
+    can_keep: CanKeep | None = None,
 ) -> PlannedModel:
     """A plan, from headers to stages, for devices that are known beforehand."""
-    return outline_model(request, token, options).spread(spread, devices)
+    return outline_model(request, token, options, can_keep).spread(spread, devices)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..proto.v1.errors import InvalidRequestError, UnsupportedModelError
-from ..worker.packed import BITSANDBYTES, Packing, has_plain_weights, packing_of, quantization_method
+from ..worker.packed import BITSANDBYTES, COMPRESSED, Packing, has_plain_weights, packing_of, quantization_method
 
 # transformers' own words (AutoHfQuantizer.merge_quantization_configs).
 CHECKPOINT_WINS = (
@@ -20,11 +20,13 @@ _HOW = "quantization_config=BitsAndBytesConfig(load_in_4bit=True, …) and requa
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantized:
     """config: the checkpoint's, without a quantization where weights are unpacked. quantization: what to do on the way
-    in. packing: how the checkpoint packs its weights. notes: what the user should know."""
+    in. packing: how the checkpoint packs weights that are unpacked. keep_packing: they stay packed, as `config` says.
+    notes: what the user should know."""
 
     config: Mapping[str, Any]
     quantization: Mapping[str, Any] | None
     packing: Packing | None = None
+    keep_packing: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -71,7 +73,7 @@ def settle(config: Mapping[str, Any], quantization: Mapping[str, Any] | None, *,
                 "requantize=True (--requantize) beside quantization_config, or leave quantization_config out to hold "
                 "it unpacked"
             )
-        return Quantized(config=plain, quantization=quantization, packing=packing)
+        return Quantized(config=plain, quantization=quantization, packing=packing, notes=_about_activations(packing))
     if requantize:
         raise InvalidRequestError(f"requantize=True needs to know to what: pass {_HOW}")
     if quantization and asked != method:
@@ -82,7 +84,57 @@ def settle(config: Mapping[str, Any], quantization: Mapping[str, Any] | None, *,
     note = (
         f"the checkpoint is quantized with {method}: its weights are unpacked, and held unquantized. To hold them in 4 "
     )
-    return Quantized(config=plain, quantization=None, packing=packing, notes=(f"{note}bits, pass {_HOW}",))
+    notes = (f"{note}bits, pass {_HOW}", *_about_activations(packing))
+    return Quantized(config=plain, quantization=None, packing=packing, notes=notes)
+
+
+def _about_activations(packing: Packing) -> tuple[str, ...]:
+    """What unpacking leaves out of the model that the checkpoint describes."""
+    groups = packing.config.get("config_groups") if packing.method == COMPRESSED else None
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        if isinstance(group, Mapping) and (group.get("input_activations") or group.get("output_activations")):
+            return (
+                "its activations are not rounded, as they aren't in transformers with "
+                "CompressedTensorsConfig(dequantize=True); by default transformers rounds them as the checkpoint says, "
+                "and gives other logits",
+            )
+    return ()
+
+
+def own_form(
+    config: Mapping[str, Any], quantization: Mapping[str, Any] | None, *, dequantize: bool = False
+) -> Mapping[str, Any] | None:
+    """The config of a packed checkpoint as transformers' own quantizer is to read it, where weights might stay packed;
+    None where nothing is packed, or the caller wants it otherwise.
+
+    As in transformers, a config of the checkpoint's own method changes how it is loaded: `dequantize`, and for
+    compressed-tensors `use_optimized_inference`. To be asked before `settle`, which refuses contradictions.
+    """
+    method = quantization_method(config)
+    if method in ("", BITSANDBYTES) or dequantize:
+        return None
+    if quantization and (_method(quantization) != method or quantization.get("dequantize")):
+        return None
+    said = config.get("quantization_config") or config["text_config"]["quantization_config"]
+    if said.get("dequantize"):
+        return None
+    optimized = (quantization or {}).get("use_optimized_inference")
+    return {**config, "quantization_config": {**said, **({"use_optimized_inference": True} if optimized else {})}}
+
+
+def kept(settled: Quantized, config: Mapping[str, Any]) -> Quantized:
+    """In place of `settled`, with which weights would be unpacked. config: from `own_form`."""
+    method = quantization_method(config)
+    note = (
+        f"the checkpoint is quantized with {method}: its weights stay so, and transformers' own quantizer computes "
+        "with them; dequantize=True (--dequantize) unpacks them"
+    )
+    return replace(settled, config=config, packing=None, keep_packing=True, notes=(note,))
+
+
+def unpacked(settled: Quantized, why_not_kept: str) -> Quantized:
+    """`settled`, with why its weights don't stay packed."""
+    return replace(settled, notes=(*settled.notes, f"its weights don't stay packed: {why_not_kept}"))
 
 
 def _method(quantization: Mapping[str, Any] | None) -> str:

@@ -58,6 +58,7 @@ def model_options(options: registry_pb2.LoadOptions) -> ModelOptions:
         quantization=_json_object(options.quantization_config_json, "quantization_config"),
         quantize_experts=options.quantize_experts or (False if options.without_quantized_experts else None),
         requantize=options.requantize,
+        dequantize=options.dequantize,
         attn_implementation=options.attn_implementation or None,
         config=_json_object(options.config_json, "config"),
         config_overrides=_json_object(options.config_overrides_json, "config_overrides"),

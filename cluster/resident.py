@@ -540,7 +540,13 @@ class Resident:
                 source.revision = self.source.commit
             options = self._request.options
             self._outlined = await asyncio.to_thread(
-                lambda: outline_model(requests.checkpoint_request(source), self._token, requests.model_options(options))
+                lambda: outline_model(
+                    requests.checkpoint_request(source),
+                    self._token,
+                    requests.model_options(options),
+                    # As the other stages hold it, whatever nodes would say now.
+                    lambda _: "" if self._specs[0].keep_packing else "the model was loaded unpacked",
+                )
             )
         model = self._outlined
         known = self._versions

@@ -539,7 +539,9 @@ def test_experts_are_quantized_left_or_decided_upon(chosen: bool | None, sent: t
     found = options.load_options(quantize_experts=chosen)
     assert (found.quantize_experts, found.without_quantized_experts) == sent
     assert not found.requantize
+    assert not found.dequantize
     assert options.load_options(requantize=True).requantize
+    assert options.load_options(dequantize=True).dequantize
 
 
 def test_old_quantization_arguments() -> None:

@@ -198,7 +198,7 @@ def test_every_flag_arrives(gateway: ScriptedGateway, tmp_path: Path) -> None:
         *("plan", "org/tiny", "--revision", "v1", "--subfolder", "sub", "--variant", "fp16", "--dtype", "bfloat16"),
         *("--load-in-4bit", "--bnb-4bit-quant-type", "nf4", "--bnb-4bit-use-double-quant"),
         *("--bnb-4bit-compute-dtype", "bfloat16", "--bnb-4bit-quant-storage", "uint8", "--num-stages", "2"),
-        *("--quantize-experts", "--requantize"),
+        *("--quantize-experts", "--requantize", "--dequantize"),
         *("--device-map", '{"model.layers.0": 0, "": "cpu"}', "--max-memory", "0=20GiB", "--max-memory", '{"cpu": 7}'),
         *("--attn-implementation", "eager", "--trust-remote-code", "--cache-dir", str(tmp_path)),
         *("--hf-token-file", str(tmp_path / "hub"), "--json"),
@@ -218,6 +218,7 @@ def test_every_flag_arrives(gateway: ScriptedGateway, tmp_path: Path) -> None:
     assert (sent.dtype, sent.num_stages, sent.attn_implementation) == ("bfloat16", 2, "eager")
     assert sent.quantize_experts
     assert sent.requantize
+    assert sent.dequantize
     assert dict(sent.device_map_by_module) == {"model.layers.0": "0", "": "cpu"}
     assert dict(sent.max_memory) == {"0": "20GiB", "cpu": "7"}
     assert json.loads(sent.quantization_config_json) == {

@@ -65,6 +65,7 @@ def test_from_pretrained_has_the_contract_signature() -> None:
         "experts_implementation",
         "quantize_experts",
         "requantize",
+        "dequantize",
         "staging_budget",
         "connections",
         "part_cache",

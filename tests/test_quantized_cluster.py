@@ -70,3 +70,36 @@ def test_gptq_quantized_anew(cluster: RunningCluster, tmp_path: Path) -> None:
     with pytest.raises(shardlift.ShardliftError, match=r"requantize=True \(--requantize\)"):
         shardlift.AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4(), address=cluster.gateway)
     cluster.assert_nothing_left()
+
+
+@pytest.mark.filterwarnings("ignore")  # of optimum's and gptqmodel's there are many
+def test_gptq_that_stays_packed(cluster: RunningCluster, tmp_path: Path) -> None:
+    """Each node is asked whether transformers' quantizer is fit there."""
+    pytest.importorskip("gptqmodel")
+    plain = checkpoints.tiny("llama", tmp_path / "plain", dtype="bfloat16")
+    folder = packing.rewrite(plain, tmp_path / "gptq", packing.gptq(order=True), packing.gptq_config(order=True))
+    local = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.warns(UserWarning, match="quantized with gptq: its weights stay so"):
+        remote = shardlift.AutoModelForCausalLM.from_pretrained(
+            folder, name="packed", num_stages=2, address=cluster.gateway
+        )
+    try:
+        assert remote.plan.quantization == "gptq"
+        with torch.inference_mode():
+            assert torch.equal(remote(IDS).logits, local(IDS).logits)
+        with pytest.raises(shardlift.ShardliftError, match="dequantize=True"):
+            remote.save_pretrained(tmp_path / "out")
+        with pytest.raises(shardlift.ShardliftError, match="adapters can't be put on those"):
+            remote.load_adapter(str(tmp_path / "adapter"))
+    finally:
+        remote.unload()
+    with pytest.warns(UserWarning, match="its weights are unpacked"):
+        remote = shardlift.AutoModelForCausalLM.from_pretrained(
+            folder, dequantize=True, name="unpacked", num_stages=2, address=cluster.gateway
+        )
+    try:
+        assert remote.plan.quantization == "none"
+        check_bytes(remote)
+    finally:
+        remote.unload()
+    cluster.assert_nothing_left()

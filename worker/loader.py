@@ -211,6 +211,7 @@ def _build(spec: StageSpec, token: HubToken, progress: LoadProgress) -> Skeleton
             quantize_experts=spec.quantize_experts,
             anatomy=spec.anatomy,
             code=code,
+            keep_packing=spec.keep_packing,
         )
         cut_skeleton(skeleton, spec.cut)
     return skeleton
@@ -281,8 +282,13 @@ def _is_kept(stored: StoredTensor, target: ParameterInfo | None, skeleton: Skele
 
 
 def _dtype_there(dtype: torch.dtype, target: ParameterInfo, skeleton: Skeleton) -> torch.dtype:
-    """What a tensor of `dtype` is cast to for `target`: what bitsandbytes has quantized stays as it is."""
-    return dtype if target.quantized and skeleton.is_prequantized else dtype_by_name(target.dtype)
+    """What a tensor of `dtype` is cast to for `target`: what bitsandbytes has quantized stays as it is, and so do the
+    integers that weights are packed in."""
+    if skeleton.is_prequantized and target.quantized:
+        return dtype
+    if skeleton.keeps_packing and not dtype.is_floating_point:
+        return dtype
+    return dtype_by_name(target.dtype)
 
 
 @contextlib.contextmanager

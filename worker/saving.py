@@ -21,6 +21,7 @@ from ..proto.v1.errors import UnsupportedModelError
 from .anatomy import place_of
 from .experts import PROJECTIONS, Experts4bit
 from .headers import LENGTH_BYTES
+from .packed import BITSANDBYTES, quantization_method
 from .pristine import HeldTensor, Snapshot
 from .records import DTYPES
 from .skeleton import SavedGroup, saved_groups
@@ -123,6 +124,13 @@ class StageSaver:
 
     def plan(self, max_shard_bytes: int, *, keep_quantized_experts: bool) -> SavePlan:
         """Raises UnsupportedModelError for weights that can't be brought into a checkpoint's form."""
+        quantizer = getattr(self._stage.model, "hf_quantizer", None)
+        said = {} if quantizer is None else {"quantization_config": quantizer.quantization_config.to_dict()}
+        if (method := quantization_method(said)) not in ("", BITSANDBYTES):
+            raise UnsupportedModelError(
+                f"the model's weights are packed with {method}, and their kernels may have packed them otherwise than "
+                "its checkpoint by now: copy that, or load it with dequantize=True (--dequantize)"
+            )
         tensors = self._saved(keep_quantized_experts)
         files: list[list[SavedTensor]] = []
         room = 0

@@ -36,10 +36,11 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.monkey_patching import patch_output_recorders
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import get_hf_quantizer
+from transformers.quantizers.auto import AutoHfQuantizer, get_hf_quantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.generic import ContextManagers
 from transformers.utils.loading_report import LoadStateDictInfo
+from transformers.utils.quantization_config import QuantizationMethod
 
 from ..proto.v1.errors import (
     InvalidRequestError,
@@ -96,6 +97,9 @@ class Skeleton:
 
     separate: paths of modules that an `Experts4bit` will stand for once tensors are loaded. Their parameters already go
     by its names; its thousands of modules are not made to plan with.
+
+    keeps_packing: whether the checkpoint's packed weights stay as they are, in the modules of transformers' quantizer
+    for them; of bitsandbytes' own form `is_prequantized` tells.
     """
 
     model: PreTrainedModel
@@ -104,6 +108,7 @@ class Skeleton:
     quantizer: Any
     weight_mapping: list[Any]
     separate: frozenset[str] = frozenset()
+    keeps_packing: bool = False
 
     @property
     def base(self) -> nn.Module:
@@ -121,11 +126,11 @@ class Skeleton:
     @property
     def is_prequantized(self) -> bool:
         """Whether bitsandbytes has quantized the checkpoint itself."""
-        return self.quantizer is not None and bool(self.quantizer.pre_quantized)
+        return self.quantizer is not None and bool(self.quantizer.pre_quantized) and not self.keeps_packing
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
-        """The quantization that the model has, whoever asked for it: a BitsAndBytesConfig as JSON."""
+        """The quantization that the model has, whoever asked for it: its config as JSON."""
         return None if self.quantizer is None else dict(self.quantizer.quantization_config.to_dict())
 
     def parameters(self) -> Iterator[ParameterInfo]:
@@ -344,6 +349,7 @@ def build_skeleton(
     quantize_experts: bool = False,
     anatomy: Anatomy | None = None,
     code: ModelCode | None = None,
+    keep_packing: bool = False,
 ) -> Skeleton:
     """The whole model on the meta device, quantizable modules replaced. `config` is not kept.
 
@@ -351,7 +357,7 @@ def build_skeleton(
     `quantization`: what to do on the way in; None for a checkpoint that bitsandbytes has quantized, whose `config` says
     so. `quantize_experts`: to 4 bits those too that transformers merges into parameters of three dimensions; or, of a
     checkpoint that bitsandbytes has quantized, its experts lie there one by one. `anatomy`: of a family that isn't
-    listed. `code`: the checkpoint's own.
+    listed. `code`: the checkpoint's own. `keep_packing`: as for `Skeleton`; `config` says how weights are packed.
     Raises UnsupportedModelError and InvalidRequestError.
     """
     experts_implementation = getattr(config, "_experts_implementation", None)
@@ -363,9 +369,13 @@ def build_skeleton(
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
     try:
-        quantizer, config, device_map = get_hf_quantizer(
-            config, _quantization_config(quantization), {"": device}, True, {}
-        )
+        device_map = {"": device}
+        if keep_packing:
+            quantizer = _own_quantizer(config)
+        else:
+            quantizer, config, device_map = get_hf_quantizer(
+                config, _quantization_config(quantization), device_map, True, {}
+            )
         if quantizer is not None:
             dtype = quantizer.update_dtype(dtype)
         config.dtype = dtype
@@ -391,6 +401,7 @@ def build_skeleton(
             *_prefix_renamings(config.model_type),
             *get_model_conversion_mapping(model, None, quantizer),
         ],
+        keeps_packing=keep_packing,
     )
     if quantize_experts:
         _separate_experts(skeleton)
@@ -411,6 +422,52 @@ def _prefix_renamings(model_type: str) -> list[WeightRenaming]:
         if part.model_type == model_type
         for pattern, prefix in part.prefixes.items()
     ]
+
+
+def _own_quantizer(config: PreTrainedConfig) -> Any:
+    """What transformers loads a packed checkpoint with, as where its packages and a device for it are.
+
+    Whether they are is asked on each node before (`own_form.misfit`). Not here: a head without a GPU plans for workers
+    that have one.
+    """
+    quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+    config.quantization_config = quantizer.quantization_config
+    if hasattr(quantizer.quantization_config, "use_optimized_inference"):
+        # Its check of the environment would set it.
+        quantizer.use_fp8_kernel = quantizer.quantization_config.use_optimized_inference
+    return quantizer
+
+
+def check_quantizer(config: PreTrainedConfig, device: str) -> str:
+    """Why transformers' quantizer doesn't keep the weights of this packed checkpoint as they are, on `device` of this
+    machine; "" where it does."""
+    try:
+        quantizer = AutoHfQuantizer.from_config(copy.deepcopy(config.quantization_config), pre_quantized=True)
+        with quiet_transformers():
+            quantizer.validate_environment(device_map={"": device}, weights_only=True)
+            if quantizer.quantization_config.quant_method == QuantizationMethod.FP8:
+                _try_fp8(quantizer.quantization_config, device)
+    except Exception as error:
+        return one_line(error)
+    if getattr(quantizer.quantization_config, "dequantize", False):
+        return f"transformers unpacks {quantizer.quantization_config.quant_method} on this device, too"
+    if getattr(quantizer, "use_fp8_kernel", True) is False:
+        return "transformers unpacks compressed-tensors at the first pass, unless FP8 kernels are asked for and there"
+    return ""
+
+
+def _try_fp8(config: Any, device: str) -> None:
+    """Multiplies with one small weight: transformers fetches FP8 kernels from the Hub at the first pass, when it is too
+    late to unpack. Raises what they raise."""
+    if getattr(config, "dequantize", False):
+        return
+    from transformers.integrations.finegrained_fp8 import fp8_linear
+
+    block = list(config.weight_block_size or (128, 128))
+    weight = torch.zeros(block, device=device).to(torch.float8_e4m3fn)
+    hidden = torch.ones(1, block[1], dtype=torch.bfloat16, device=device)
+    if torch.any(fp8_linear(hidden, weight, torch.ones(1, 1, device=device), block)):
+        raise RuntimeError("transformers' FP8 kernel computes nonsense on this device")
 
 
 def _quantization_config(quantization: Mapping[str, Any] | None) -> Any:

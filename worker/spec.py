@@ -50,7 +50,8 @@ class StageSpec:
     secret: shared by the stages of this load alone.
     budget_bytes: memory for checkpoint bytes that are fetched but not yet converted.
     quantize_experts: as for `skeleton.build_skeleton`. packing: how the checkpoint packs weights, which are unpacked
-    before anything else; None where it doesn't, and where bitsandbytes has quantized it, as `config` then says.
+    before anything else; None where it doesn't, and where `config` says how it is quantized: by bitsandbytes, or, with
+    keep_packing, by what transformers' quantizer for it then holds as it is.
     connections: reads at a time. use_cache: read and keep quantized parts on the node. trace: keep every span's times.
     limits: for sessions. use_batches: compute single-token steps of several sessions together.
     anatomy: of a family that isn't listed, as a self-check has found it. code: the checkpoint's own, with which
@@ -80,6 +81,7 @@ class StageSpec:
     trace: bool = False
     quantize_experts: bool = False
     packing: Packing | None = None
+    keep_packing: bool = False
     limits: SessionLimits = SessionLimits()
     use_batches: bool = True
     anatomy: Anatomy | None = None

@@ -89,6 +89,12 @@ _CHECKPOINT_OPTIONS: list[Callable[[Any], Any]] = [
         default=None,
         help="Quantize anew what the checkpoint holds quantized (with --load-in-4bit or --load-in-8bit).",
     ),
+    click.option(
+        "--dequantize",
+        is_flag=True,
+        default=None,
+        help="Unpack what the checkpoint holds packed (GPTQ, AWQ, FP8, …), also where it could stay so.",
+    ),
     click.option("--reserve-tokens", type=click.IntRange(min=0), help="Tokens whose keys and values must have room."),
     click.option("--num-stages", type=click.IntRange(min=1), help="[default: as many as the plan needs]"),
     click.option(
@@ -122,6 +128,7 @@ _AS_GIVEN = (
     "experts_implementation",
     "quantize_experts",
     "requantize",
+    "dequantize",
 )
 _BNB_4BIT = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
 

@@ -15,7 +15,7 @@ import torch
 from shardlift.cluster.checkpoint import CheckpointRequest
 from shardlift.cluster.devices import parse_devices
 from shardlift.cluster.plan import PlanOptions
-from shardlift.cluster.planning import ModelOptions, plan_model
+from shardlift.cluster.planning import CanKeep, ModelOptions, plan_model
 from shardlift.proto.v1 import inference_pb2, inference_pb2_grpc
 from shardlift.proto.v1.credentials import stage_channel
 from shardlift.proto.v1.tls import TLS
@@ -42,6 +42,7 @@ def specs(
     device: str = "cpu",
     trust_remote_code: bool = False,
     model: ModelOptions | None = None,
+    can_keep: CanKeep | None = None,
 ) -> list[StageSpec]:
     """Specs of the stages that end before the layers `ends`; the last one takes the rest. All on one device.
 
@@ -57,10 +58,12 @@ def specs(
     )
     request = CheckpointRequest(path=str(folder), trust_remote_code=trust_remote_code)
     layers = len(
-        plan_model(request, None, options, PlanOptions(), parse_devices("1TiB")).outlined.layout.outline.sizes.layers
+        plan_model(
+            request, None, options, PlanOptions(), parse_devices("1TiB"), can_keep
+        ).outlined.layout.outline.sizes.layers
     )
     by_module: dict[str, str] = {"": "0"}
-    planned = plan_model(request, None, options, PlanOptions(), parse_devices(f"{len(ends)}x1TiB"))
+    planned = plan_model(request, None, options, PlanOptions(), parse_devices(f"{len(ends)}x1TiB"), can_keep)
     base = next(name for name, place in planned.outlined.layout.outline.modules if place.part == "layer").rsplit(
         ".", 1
     )[0]
@@ -73,7 +76,7 @@ def specs(
         if place.part == "after":
             by_module[name] = str(len(ends) - 1)
     spread = PlanOptions(by_module=by_module)
-    planned = plan_model(request, None, options, spread, parse_devices(f"{len(ends)}x1TiB"))
+    planned = plan_model(request, None, options, spread, parse_devices(f"{len(ends)}x1TiB"), can_keep)
     return [replace(spec, device=device) for spec in planned.specs("model", "load", SECRET)]
 
 
