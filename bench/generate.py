@@ -1,7 +1,7 @@
 """Tokens a second of a resident model against transformers on the same machine, in the same run; and what a ring costs.
 
     python -m bench.generate CHECKPOINT [--parts model hops wait torchrun recovery] [--stages 1 2 4]
-        [--streams 1 4 8 16] [--tokens 32] [--repeat 3] [--output FILE]
+        [--streams 1 4 8 16] [--tokens 32] [--repeat 3] [--threads N] [--output FILE]
 
     model     NF4 with double quantization, greedy: one stream, then several at once, over each number of stages,
               against transformers in one process: one stream, and all prompts in one padded batch
@@ -55,11 +55,13 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def gateway(cache: str = "off") -> Iterator[tuple[Client, Instance]]:
-    """A local instance of its own. cache: the folder of quantized parts."""
-    before = {name: os.environ.get(name) for name in ("SHARDLIFT_HOME", "SHARDLIFT_CACHE")}
+    """A local instance of its own, whose stages compute with as many threads as the peer here. cache: the folder of
+    quantized parts."""
+    before = {name: os.environ.get(name) for name in ("SHARDLIFT_HOME", "SHARDLIFT_CACHE", "SHARDLIFT_THREADS")}
     with tempfile.TemporaryDirectory(prefix="shardlift-bench-") as home:
         os.environ["SHARDLIFT_HOME"], os.environ["SHARDLIFT_CACHE"] = home, cache
         try:
+            os.environ["SHARDLIFT_THREADS"] = str(torch.get_num_threads())
             running = instance.start(port=0)
             with connect(running.address) as client:
                 yield client, running
@@ -91,7 +93,6 @@ def of_model(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": options.tokens,
-        "threads": torch.get_num_threads(),
         "transformers_padded_batch": peer_rates,
         "stages": by_stages,
     }
@@ -198,11 +199,16 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--tokens", type=int, default=32, help="of each stream")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument(
+        "--threads", type=int, help="of transformers' process and of each stage's; by default all cores"
+    )
     parser.add_argument("--output", type=Path, help="a file for the JSON, in place of stdout")
     options = parser.parse_args()
     # Told to end, it leaves no processes behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options.checkpoint = str(Path(options.checkpoint).resolve())  # workers have folders of their own
+    if options.threads:
+        torch.set_num_threads(options.threads)
 
     report: dict[str, Any] = {
         **surroundings(
@@ -211,6 +217,7 @@ def main() -> None:
         ),
         "checkpoint": Path(options.checkpoint).name,
         "repeat": options.repeat,
+        "threads": torch.get_num_threads(),
         "load_average_before": {},  # of the whole machine, over a minute: others' work, and the part's before
     }
 

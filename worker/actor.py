@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -20,6 +19,7 @@ from ..proto.v1.errors import InternalError, InvalidRequestError, LoadCancelledE
 from ..proto.v1.status import to_error
 from ..proto.v1.tls import TLS
 from . import logs, metrics, own_gpus, tracing
+from .cores import settle_threads
 from .records import HubToken
 from .spec import LoadReport, LoadSnapshot, ModuleBytes, StageSpec
 
@@ -41,10 +41,7 @@ class StageWorker:
     """
 
     def __init__(self, spec: Mapping[str, Any], card: bytes) -> None:
-        # Ray gives an actor one OpenMP thread; a stage computes as a process of its own would. OpenMP reads this when
-        # torch loads it, for all threads and for bitsandbytes' kernels too: so torch is imported after it.
-        if os.environ.get("OMP_NUM_THREADS") == "1":
-            os.environ["OMP_NUM_THREADS"] = str(usable_cores())
+        settle_threads(os.environ)
         if str(spec["device"]).startswith("cuda"):
             # Quantized weights of a few MiB would leave a good part of torch's segments unusable. Before torch, too.
             os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -283,14 +280,3 @@ def _keep(keep: Callable[[], None]) -> None:
         pass
     except Exception:
         logger.exception("a part could not be kept")
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: those it may run on, within its container's share (cgroup v2) of them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, round(int(quota) / int(period))))
-    except (OSError, ValueError):
-        # No such file, or "max": no limit.
-        return cores
