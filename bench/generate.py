@@ -199,9 +199,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--tokens", type=int, default=32, help="of each stream")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument(
-        "--threads", type=int, help="of transformers' process and of each stage's; by default all cores"
-    )
+    parser.add_argument("--threads", type=int, help="of transformers and of each stage; by default all cores")
     parser.add_argument("--output", type=Path, help="a file for the JSON, in place of stdout")
     options = parser.parse_args()
     # Told to end, it leaves no processes behind.
