@@ -7,12 +7,13 @@ from typing import Any
 
 from ..proto.v1 import inference_pb2
 from ..proto.v1.errors import GatewayUnavailableError, InternalError, InvalidRequestError, ShardliftError
+from ..proto.v1.status import from_refusal
 from ..proto.v1.wire import Assembly
 from .async_gateway import AsyncGateway, cancel_with, receive
 from .cache import CacheRecord
 from .forward import part
 from .patience import Patience
-from .session_call import done, forward_part, refusal
+from .session_call import done, forward_part
 
 
 async def once(gateway: AsyncGateway, asked: inference_pb2.ForwardRequest) -> Assembly:
@@ -106,7 +107,7 @@ class AsyncRemoteCache(CacheRecord):
         if response is None:
             raise InternalError("the gateway ended a session in the middle of an answer")
         if response.HasField("refused"):
-            raise _RefusedError(refusal(response))
+            raise _RefusedError(from_refusal(response.refused))
         return response
 
 
