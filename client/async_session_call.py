@@ -8,9 +8,10 @@ from typing import Any
 
 from ..proto.v1 import inference_pb2
 from ..proto.v1.errors import InternalError, InvalidRequestError, ShardliftError
+from ..proto.v1.status import from_refusal
 from ..proto.v1.wire import Assembly
 from .async_gateway import AsyncGateway, cancel_with, receive
-from .session_call import done, forward_part, refusal
+from .session_call import done, forward_part
 
 
 class AsyncSessionCall:
@@ -68,7 +69,7 @@ class AsyncSessionCall:
             raise InternalError("the gateway ended a session in the middle of an answer")
         if response.HasField("refused"):
             self._was_refused = True
-            raise refusal(response)
+            raise from_refusal(response.refused)
         return response
 
     async def forward(self, asked: inference_pb2.SessionRequest) -> tuple[Assembly, inference_pb2.SessionState]:

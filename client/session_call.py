@@ -70,7 +70,7 @@ class SessionCall:
             raise InternalError("the gateway ended a session in the middle of an answer")
         if response.HasField("refused"):
             self._was_refused = True
-            raise refusal(response)
+            raise status.from_refusal(response.refused)
         return response
 
     def forward(self, asked: inference_pb2.SessionRequest) -> tuple[Assembly, inference_pb2.SessionState]:
@@ -94,11 +94,6 @@ def done(response: inference_pb2.SessionResponse) -> inference_pb2.SessionState:
     if response.WhichOneof("event") != "done":
         raise InternalError("the gateway sent something else in a session where 'done' was due")
     return response.done
-
-
-def refusal(response: inference_pb2.SessionResponse) -> ShardliftError:
-    """What `response` says that the action was refused with, before anything was computed."""
-    return status.from_reason(response.refused.reason, response.refused.message)
 
 
 def _until_none(requests: _Requests) -> Iterator[inference_pb2.SessionRequest]:

@@ -21,6 +21,7 @@ class Call:
     def __init__(self, registry: Registry, method: str, model: str, context: grpc.aio.ServicerContext) -> None:
         self._registry = registry
         self._method = method
+        self.model = model
         # A name that nobody loaded is anybody's: it labels nothing.
         self._model = model if registry.has(model) else ""
         self.span = tracing.span(method, tracing.given(context.invocation_metadata()))

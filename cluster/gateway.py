@@ -35,6 +35,10 @@ from .underway import Underway, counted
 
 logger = logging.getLogger(__name__)
 
+_SERVICES = (
+    registry_pb2.DESCRIPTOR.services_by_name["ModelRegistryService"].full_name,
+    inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+)
 _EXPORT_S = 1.0
 # After the grace that it has: for calls to say why they end.
 _LAST_WORDS_S = 1.0
@@ -67,13 +71,7 @@ class Gateway:
             _InferenceService(self.registry, self._underway), self._server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        services = (
-            registry_pb2.DESCRIPTOR.services_by_name["ModelRegistryService"].full_name,
-            inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
-            health.SERVICE_NAME,
-            reflection.SERVICE_NAME,
-        )
-        reflection.enable_server_reflection(services, self._server)
+        reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         self._plain_health = PlainHealth() if options.tls is not None else None
 
     async def start(self) -> str:
@@ -101,7 +99,8 @@ class Gateway:
         await self.registry.recover()
         await self.registry.follow_nodes()
         await self._server.start()
-        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        for service in ("", *_SERVICES):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         if self._plain_health is not None:
             await self._plain_health.start(options.health_host, options.health_port)
         await self._start_page(bound)
@@ -191,13 +190,13 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
         try:
             limits.check_load(readable(request).source, request.options, request.name)
         except InvalidRequestError as error:
-            await _abort(context, error)
+            await _abort(context, error, request.name)
         events = self._registry.load(request, tracing.given(context.invocation_metadata()))
         try:
             async for event in events:
                 yield event
         except Exception as error:
-            await _abort(context, error)
+            await _abort(context, error, request.name)
         finally:
             # Where the client has gone, the load must end now, not when the generator is collected.
             await events.aclose()  # type: ignore[attr-defined]
@@ -214,7 +213,7 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
             limits.check_model(request.name)
             return registry_pb2.GetModelResponse(model=self._registry.model(request.name))
         except Exception as error:
-            return await _abort(context, error)
+            return await _abort(context, error, request.name)
 
     async def UnloadModel(
         self, request: registry_pb2.UnloadModelRequest, context: grpc.aio.ServicerContext
@@ -223,7 +222,7 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
             limits.check_model(request.name)
             await self._registry.unload(request.name)
         except Exception as error:
-            return await _abort(context, error)
+            return await _abort(context, error, request.name)
         return registry_pb2.UnloadModelResponse()
 
     async def LoadAdapter(
@@ -234,7 +233,7 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
             limits.check_model(request.model)
             return registry_pb2.LoadAdapterResponse(model=await self._registry.load_adapter(request))
         except Exception as error:
-            return await _abort(context, error)
+            return await _abort(context, error, request.model)
 
     async def DeleteAdapter(
         self, request: registry_pb2.DeleteAdapterRequest, context: grpc.aio.ServicerContext
@@ -245,7 +244,7 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
                 model=await self._registry.delete_adapter(request.model, request.name)
             )
         except Exception as error:
-            return await _abort(context, error)
+            return await _abort(context, error, request.model)
 
     async def DescribeCluster(
         self, request: registry_pb2.DescribeClusterRequest, context: grpc.aio.ServicerContext
@@ -253,7 +252,7 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
         try:
             return registry_pb2.DescribeClusterResponse(cluster=await self._lookout.view(request.model))
         except Exception as error:
-            return await _abort(context, error)
+            return await _abort(context, error, request.model)
 
     async def WatchCluster(
         self, request: registry_pb2.WatchClusterRequest, context: grpc.aio.ServicerContext
@@ -263,7 +262,7 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
             async for view in self._lookout.watch(request.model, request.interval_s):
                 yield registry_pb2.WatchClusterResponse(cluster=view)
         except Exception as error:
-            await _abort(context, error)
+            await _abort(context, error, request.model)
 
     async def ListCachedParts(
         self, request: registry_pb2.ListCachedPartsRequest, context: grpc.aio.ServicerContext
@@ -291,7 +290,7 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
             async for event in events:
                 yield event
         except Exception as error:
-            await _abort(context, error)
+            await _abort(context, error, request.name)
         finally:
             # Where the client has gone, what was written must go now, not when the generator is collected.
             await events.aclose()  # type: ignore[attr-defined]
@@ -363,7 +362,7 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             call.end()
         except Exception as error:
             call.end(error)
-            await _abort(context, error)
+            await _abort(context, error, request.model)
         finally:
             call.left()
 
@@ -403,7 +402,7 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         except Exception as error:
             if call is not None:
                 call.end(error)
-            await _abort(context, error)
+            await _abort(context, error, "" if call is None else call.model)
         finally:
             if call is not None:
                 call.left()
@@ -431,7 +430,7 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         except Exception as error:
             if call is not None:
                 call.end(error)
-            await _abort(context, error)
+            await _abort(context, error, "" if call is None else call.model)
         finally:
             if call is not None:
                 call.left()
@@ -493,11 +492,11 @@ def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> Any:
+async def _abort(context: grpc.aio.ServicerContext, error: Exception, model: str = "") -> Any:
     if isinstance(error, grpc.aio.AioRpcError):
         # The client's own deadline, which it has seen pass too.
         await context.abort(error.code(), error.details() or "")
     ours = to_error(error)
     if isinstance(ours, InternalError):
         logger.error("request failed", exc_info=error)
-    await abort(context, ours)
+    await abort(context, ours, model)

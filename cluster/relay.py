@@ -19,7 +19,7 @@ import grpc.aio
 
 from ..proto.v1 import inference_pb2
 from ..proto.v1.errors import InternalError, InvalidRequestError, ModelUnavailableError, SessionExpiredError
-from ..proto.v1.status import from_reason
+from ..proto.v1.status import from_refusal
 from ..proto.v1.wire import Assembly
 from ..worker import logs, tracing
 from ..worker.service import EPOCH_HEADER, SESSION_HEADER
@@ -287,7 +287,7 @@ class SessionRelay:
                 await self._call.write(action)
                 async for answer, *_ in _answers(self._call):
                     if answer.HasField("refused"):
-                        raise refusal(answer)
+                        raise from_refusal(answer.refused)
         return self._call
 
     def _choose(self, request: inference_pb2.SessionRequest) -> None:
@@ -315,11 +315,6 @@ class SessionRelay:
             self._history.add_forward(request.forward)
         elif request.HasField("generate"):
             self._history.add_generation(request.generate, rows, steps)
-
-
-def refusal(response: inference_pb2.SessionResponse) -> Exception:
-    """What a session's action was refused with."""
-    return from_reason(response.refused.reason, response.refused.message)
 
 
 async def _failure(call: Any) -> grpc.aio.AioRpcError | None:
@@ -365,7 +360,7 @@ async def forward(
             if request.use_cache:
                 async for answer in session.act(inference_pb2.SessionRequest(forward=request)):
                     if answer.HasField("refused"):
-                        raise refusal(answer)
+                        raise from_refusal(answer.refused)
                     if answer.WhichOneof("event") == "forward":
                         yield answer.forward
             elif session.length:

@@ -102,8 +102,11 @@ async def test_places_are_handed_on() -> None:
     await asyncio.sleep(0)
     first.rest()
     second = await waiting[0]
-    with pytest.raises(errors.OutOfMemoryError, match="1 other sessions hold 6 of 10"):
+    with pytest.raises(errors.OutOfMemoryError, match="1 other sessions hold 6 of 10") as later:
         second.reserve(5)
+    with pytest.raises(errors.OutOfMemoryError, match="room for 10") as never:
+        second.reserve(11)
+    assert (later.value.retry_s, never.value.retry_s) == (5.0, None)
     back = asyncio.create_task(first.resume())
     await asyncio.sleep(0)
     second.leave()

@@ -6,11 +6,12 @@ import inspect
 import pickle
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
-from google.rpc import code_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 import shardlift
 from shardlift.proto.v1 import errors, registry_pb2, registry_pb2_grpc, status
@@ -58,6 +59,39 @@ def test_pickle(cls: type[ShardliftError]) -> None:
     copy = pickle.loads(pickle.dumps(cls(MESSAGE)))
     assert type(copy) is cls
     assert str(copy) == MESSAGE
+
+
+@pytest.mark.parametrize("cls", TREE)
+async def test_what_may_pass_says_when_to_ask_again(cls: type[ShardliftError]) -> None:
+    """For clients of any language, as RetryInfo; for ours on the exception."""
+    first, second = cls(MESSAGE), cls(MESSAGE)
+    second.retry_s = 2.5
+    (one, code), (other, _) = await over_the_wire(first, second)
+    assert isinstance(one, ShardliftError)
+    assert isinstance(other, ShardliftError)
+    assert (one.retry_s, other.retry_s) == (cls.retry_s, 2.5)
+    if code is grpc.StatusCode.UNAVAILABLE or cls is errors.ModelBusyError:
+        assert cls.retry_s is not None
+    refused = status.from_refusal(status.to_refusal(second))
+    assert (type(refused), str(refused), refused.retry_s) == (cls, MESSAGE, 2.5)
+
+
+def test_details_name_the_model() -> None:
+    def details(error: ShardliftError, model: str) -> list[Any]:
+        found = status_pb2.Status()
+        trailers = dict(status.to_status(error, model).trailing_metadata)
+        found.ParseFromString(trailers["grpc-status-details-bin"])
+        return list(found.details)
+
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    first, second = details(errors.ModelBusyError("busy"), "llama")
+    assert first.Unpack(info)
+    assert (info.reason, info.domain, dict(info.metadata)) == ("ModelBusyError", "shardlift", {"model": "llama"})
+    assert second.Unpack(retry)
+    assert retry.retry_delay.ToMilliseconds() == 1000
+    (only,) = details(errors.ModelNotFoundError("no"), "x" * 100)
+    assert only.Unpack(info)
+    assert not info.metadata  # no name that a model could have
 
 
 class _Registry(registry_pb2_grpc.ModelRegistryServiceServicer):

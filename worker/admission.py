@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from ..proto.v1.errors import ModelBusyError, OutOfMemoryError
 
+# By then a session may have ended that holds what another one lacks.
+_RETRY_S = 5.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
@@ -136,11 +139,13 @@ class Admission:
                     f"room for {self.kv_tokens:,}; ask for fewer, or load it with a larger reserve_tokens"
                 )
             holding = sum(other.tokens > 0 for other in self._open if other is not ticket)
-            raise OutOfMemoryError(
+            error = OutOfMemoryError(
                 f"keys and values of {tokens:,} tokens (all rows, prompt and answer) have no room now: "
                 f"{holding} other sessions hold {others:,} of {self.kv_tokens:,}; try again later, ask "
                 "for fewer, or load the model with a larger reserve_tokens"
             )
+            error.retry_s = _RETRY_S
+            raise error
         ticket.tokens = tokens
 
 

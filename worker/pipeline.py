@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from ..proto.v1.errors import (
     one_line,
 )
 from ..proto.v1.status import to_error
+from ..proto.v1.tensor_pb2 import Tensor
 from ..proto.v1.tls import TLS
 from .compute import Compute, RowJob, SessionOverError
 from .kv import StageCache
@@ -404,7 +405,8 @@ def _message(step: IncomingStep, tensor: torch.Tensor) -> tuple[stage_pb2.Step, 
     """`step` with `tensor` for its input, as it goes to the next stage. Copies to the host."""
     head, rest = to_frames(tensor)
     positions, more_positions = to_frames(step.input.position_ids.int())
-    mask, more_mask = None, iter(())
+    mask: Tensor | None = None
+    more_mask: Iterable[memoryview] = ()
     if step.input.attention_mask is not None:
         mask, more_mask = to_frames(step.input.attention_mask.bool())
     message = stage_pb2.Step(

@@ -26,7 +26,7 @@ from ..proto.v1.errors import (
     ShardliftError,
 )
 from ..proto.v1.server import Checked, HeaderGuard, TolerantReading, abort, readable
-from ..proto.v1.status import code_of, to_error
+from ..proto.v1.status import code_of, to_error, to_refusal
 from ..proto.v1.tls import TLS
 from ..proto.v1.wire import MAX_CALLS, STAGE_SERVER_OPTIONS
 from . import logs, tracing
@@ -339,7 +339,7 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     except _REFUSALS as error:
                         if not session.go_back(before):
                             raise
-                        yield inference_pb2.SessionResponse(refused=_refusal(error))
+                        yield inference_pb2.SessionResponse(refused=to_refusal(error))
                         continue
                     done = inference_pb2.SessionState(length=session.length, rows=session.rows)
                     yield inference_pb2.SessionResponse(done=done)
@@ -368,10 +368,6 @@ class _InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
 # What an action may be refused with before anything is computed.
 _REFUSALS = (InvalidRequestError, ModelBusyError, OutOfMemoryError)
-
-
-def _refusal(error: ShardliftError) -> inference_pb2.SessionRefusal:
-    return inference_pb2.SessionRefusal(code=code_of(error), message=str(error), reason=type(error).__name__)
 
 
 async def _act(

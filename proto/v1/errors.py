@@ -33,7 +33,12 @@ from __future__ import annotations
 
 
 class ShardliftError(Exception):
-    """Base of every failure that shardlift raises."""
+    """Base of every failure that shardlift raises.
+
+    retry_s: after so many seconds it may be gone, and the same may be asked again; None where waiting mends nothing.
+    """
+
+    retry_s: float | None = None
 
 
 class InvalidRequestError(ShardliftError, ValueError):
@@ -75,13 +80,15 @@ class UnsupportedModelError(CheckpointError):
 class SourceError(ShardliftError):
     """Reading from a source failed for good."""
 
+    retry_s = 5.0
+
 
 class SaveError(ShardliftError):
     """A model can't be written out where it should be."""
 
 
 class OutOfMemoryError(ShardliftError):
-    """A device, or the whole cluster, is too small."""
+    """A device, or the whole cluster, is too small; or for now, where `retry_s` is given."""
 
 
 class ModelNameTakenError(ShardliftError):
@@ -95,6 +102,8 @@ class ModelNotFoundError(ShardliftError):
 class ModelUnavailableError(ShardliftError):
     """The model is resident, but one of its stages doesn't answer."""
 
+    retry_s = 1.0
+
 
 class WorkerDiedError(ModelUnavailableError):
     """The process of a stage's worker is gone."""
@@ -102,6 +111,8 @@ class WorkerDiedError(ModelUnavailableError):
 
 class ModelBusyError(ShardliftError):
     """As many sessions as the model takes are running and waiting."""
+
+    retry_s = 1.0
 
 
 class SessionExpiredError(ShardliftError):
@@ -122,6 +133,8 @@ class AuthenticationError(ShardliftError):
 
 class GatewayUnavailableError(ShardliftError):
     """Nobody answers at the gateway's address."""
+
+    retry_s = 1.0
 
 
 class InternalError(ShardliftError):

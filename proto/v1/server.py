@@ -17,9 +17,9 @@ from .status import to_status
 Request = TypeVar("Request")
 
 
-async def abort(context: grpc.aio.ServicerContext, error: BaseException) -> NoReturn:
-    """Ends a call with the status of `error`, its reason among the details."""
-    await context.abort_with_status(to_status(error))  # type: ignore[attr-defined] # missing in grpc-stubs
+async def abort(context: grpc.aio.ServicerContext, error: BaseException, model: str = "") -> NoReturn:
+    """Ends a call with the status of `error`, its reason among the details. model: that the call was about."""
+    await context.abort_with_status(to_status(error, model))  # type: ignore[attr-defined] # missing in grpc-stubs
     raise AssertionError("an abort always raises")
 
 

@@ -7,11 +7,12 @@ from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from . import errors
+from . import errors, inference_pb2
 
 DOMAIN = "shardlift"
 # A status travels as headers, its message twice and encoded; beyond their limit the caller would see another failure.
 _MOST_MESSAGE_BYTES = 3000
+_MOST_MODEL_CHARACTERS = 63
 
 # exception -> (google.rpc code, the reason that travels). Subclasses stand for themselves.
 _CODES: dict[type[errors.ShardliftError], int] = {
@@ -66,28 +67,56 @@ def from_reason(reason: str, message: str) -> errors.ShardliftError:
     return _BY_REASON.get(reason, errors.InternalError)(message)
 
 
-def to_status(error: BaseException) -> grpc.Status:
-    """A status for `context.abort_with_status`, with ErrorInfo among its details."""
+def from_refusal(refused: inference_pb2.SessionRefusal) -> errors.ShardliftError:
+    """What an action of a session was refused with."""
+    error = from_reason(refused.reason, refused.message)
+    error.retry_s = refused.retry_s or None
+    return error
+
+
+def to_refusal(error: errors.ShardliftError) -> inference_pb2.SessionRefusal:
+    return inference_pb2.SessionRefusal(
+        code=code_of(error), message=str(error), reason=type(error).__name__, retry_s=error.retry_s or 0.0
+    )
+
+
+def to_status(error: BaseException, model: str = "") -> grpc.Status:
+    """A status for `context.abort_with_status`. Its details: ErrorInfo, with the `model` that was asked for among its
+    metadata, and RetryInfo where the same may be asked again."""
     ours = to_error(error)
-    detail = any_pb2.Any()
-    detail.Pack(error_details_pb2.ErrorInfo(reason=type(ours).__name__, domain=DOMAIN))
+    info = error_details_pb2.ErrorInfo(reason=type(ours).__name__, domain=DOMAIN)
+    if 0 < len(model) <= _MOST_MODEL_CHARACTERS and model.isprintable():
+        info.metadata["model"] = model
+    details = [any_pb2.Any()]
+    details[0].Pack(info)
+    if ours.retry_s is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(round(1000 * ours.retry_s))
+        details.append(any_pb2.Any())
+        details[1].Pack(retry)
     text = str(ours)
     if len(text.encode("utf-8", "replace")) > _MOST_MESSAGE_BYTES:
         text = text.encode("utf-8", "replace")[:_MOST_MESSAGE_BYTES].decode("utf-8", "ignore") + "…"
-    return rpc_status.to_status(status_pb2.Status(code=code_of(ours), message=text, details=[detail]))
+    return rpc_status.to_status(status_pb2.Status(code=code_of(ours), message=text, details=details))
 
 
-def _ours(error: grpc.RpcError) -> tuple[str, str] | None:
-    """Reason and message of a status that a shardlift server made; None for any other."""
+def _ours(error: grpc.RpcError) -> errors.ShardliftError | None:
+    """What a shardlift server made a status of; None for any other's."""
     try:
         status = rpc_status.from_call(error)  # type: ignore[arg-type] # what a call raises is a Call, too
     except (ValueError, NotImplementedError, AttributeError):
         return None
+    found: errors.ShardliftError | None = None
+    retry_s: float | None = None
     for detail in status.details if status is not None else ():
-        info = error_details_pb2.ErrorInfo()
+        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
         if detail.Is(info.DESCRIPTOR) and detail.Unpack(info) and info.domain == DOMAIN:
-            return info.reason, status.message
-    return None
+            found = from_reason(info.reason, status.message)
+        elif detail.Is(retry.DESCRIPTOR) and detail.Unpack(retry):
+            retry_s = retry.retry_delay.ToMilliseconds() / 1000
+    if found is not None:
+        found.retry_s = retry_s
+    return found
 
 
 def sent_by_us(error: grpc.RpcError) -> bool:
@@ -101,7 +130,7 @@ def from_rpc_error(error: grpc.RpcError, address: str) -> Exception:
     `address` is named where nobody answered.
     """
     if (ours := _ours(error)) is not None:
-        return from_reason(*ours)
+        return ours
     code = error.code().value[0]
     text = " ".join(str(error.details() or "").split())
     if code == code_pb2.UNAVAILABLE:

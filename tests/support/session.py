@@ -8,7 +8,7 @@ import grpc.aio
 import torch
 
 from shardlift.proto.v1 import inference_pb2
-from shardlift.proto.v1.status import from_reason
+from shardlift.proto.v1.status import from_refusal
 from shardlift.proto.v1.wire import Assembly
 from shardlift.worker.tensors import from_bytes, to_message
 
@@ -32,7 +32,7 @@ class Session:
             assert response is not grpc.aio.EOF
             kind = response.WhichOneof("event")
             if kind == "refused":
-                raise from_reason(response.refused.reason, response.refused.message)
+                raise from_refusal(response.refused)
             if kind == "done":
                 self.length, self.rows = response.done.length, response.done.rows
                 break
