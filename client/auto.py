@@ -6,8 +6,9 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from .config_files import generation_config_of
 from .connection import connect_or_start
 from .handle import RemoteModel
 from .outside import outside_level
@@ -32,7 +33,7 @@ class AutoModelForCausalLM:
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        config: PreTrainedConfig | Mapping[str, Any] | None = None,
+        config: PreTrainedConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
         quantization_config: BitsAndBytesConfig | Mapping[str, Any] | None = None,
         device_map: str | int | torch.device | Mapping[str, str | int | torch.device] | None = "auto",
         max_memory: Mapping[str | int, str | int] | None = None,
@@ -68,7 +69,7 @@ class AutoModelForCausalLM:
 
         Args:
             pretrained_model_name_or_path: "org/name", a local folder, or a URL such as "s3://bucket/prefix".
-            config: a config in place of the checkpoint's own.
+            config: a config in place of the checkpoint's own, or where one is.
             quantization_config: a BitsAndBytesConfig, or a dict of its fields.
             device_map: "auto", "balanced", "balanced_low_0", "sequential", "cpu", or a dict from module to device.
             max_memory: from device to bytes, or to a text such as "20GiB".
@@ -97,12 +98,19 @@ class AutoModelForCausalLM:
             name: the model's name in the registry; by default derived from the path.
             address: the gateway; else $SHARDLIFT_ADDRESS, else the local instance, which is started if need be.
             progress: whether to show progress on stderr; by default where it is a terminal.
-            kwargs: attributes of the config to override. Any other name is refused, as by transformers.
+            kwargs: attributes of the config to override. `generation_config` is the handle's to begin with, and with
+                `output_loading_info=True` the result is the handle and, as transformers has it, a dict of what was
+                missing or left over: empty sets, for what doesn't fit is refused here. What becomes of transformers'
+                other arguments: docs/loading.md. Any other name is refused, as by transformers.
 
         Raises:
             ShardliftError: one of its subclasses says what was wrong and what to do about it. For an argument that
                 nothing has it is an UnknownArgumentError, which is a TypeError, too.
         """
+        with_info = kwargs.pop("output_loading_info", None)
+        generation_config = kwargs.pop("generation_config", None)
+        if generation_config is not None:
+            generation_config = generation_config_of(generation_config)
         client = connect_or_start(address)
         arguments = {
             "name": name,
@@ -137,14 +145,23 @@ class AutoModelForCausalLM:
         }
         try:
             if not (sys.stderr.isatty() if progress is None else progress):
-                return client.load(pretrained_model_name_or_path, on_event=_warn, **arguments)
-            from .render import LoadProgress
+                model = client.load(pretrained_model_name_or_path, on_event=_warn, **arguments)
+            else:
+                from .render import LoadProgress
 
-            with LoadProgress() as display:
-                return client.load(pretrained_model_name_or_path, on_event=display.show, **arguments)
+                with LoadProgress() as display:
+                    model = client.load(pretrained_model_name_or_path, on_event=display.show, **arguments)
         except BaseException:
             client.close()
             raise
+        if generation_config is not None:
+            model.generation_config = generation_config
+        # The pair is for who asks for it; everybody else's type checker is to see a handle.
+        return cast(RemoteModel, (model, _loading_info())) if with_info else model
+
+
+def _loading_info() -> dict[str, Any]:
+    return {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
 
 
 def _warn(event: LoadEvent) -> None:

@@ -1,6 +1,7 @@
 """The arguments of `from_pretrained` as the messages that carry them.
 
-Nothing is looked up here: what a path, a device or a quantization means, the gateway says.
+Nothing is looked up here but a config that is given by its path: what a path, a device or a quantization means, the
+gateway says.
 """
 
 from __future__ import annotations
@@ -14,45 +15,12 @@ from typing import Any
 
 from ..proto.v1 import registry_pb2
 from ..proto.v1.errors import InvalidDeviceMapError, InvalidRequestError
+from .arguments import without_others
+from .config_files import config_at
 from .jsonable import jsonable, to_json
 from .outside import outside_level
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "cpu")
-
-# Arguments of transformers' from_pretrained that mean nothing here: nothing is kept by, or offloaded on, the caller.
-_MEANINGLESS = frozenset(
-    {
-        "low_cpu_mem_usage",
-        "force_download",
-        "resume_download",
-        "offload_folder",
-        "offload_buffers",
-        "offload_state_dict",
-        "disable_mmap",
-        "weights_only",
-        "_from_auto",
-        "_commit_hash",
-    }
-)
-# … and those that would change the outcome, and are refused where they ask for something.
-_UNSUPPORTED = frozenset(
-    {
-        "proxies",
-        "local_files_only",
-        "output_loading_info",
-        "ignore_mismatched_sizes",
-        "state_dict",
-        "gguf_file",
-        "tp_plan",
-        "tp_size",
-        "device_mesh",
-        "distributed_config",
-        "key_mapping",
-        "generation_config",
-        "code_revision",
-        "use_kernels",
-    }
-)
 
 
 def source(
@@ -165,7 +133,7 @@ def load_options(
         options.device_map_by_module.update(_device_map(device_map))
     if config is not None:
         options.config_json = to_json(_config(config), "config")
-    overrides = _overrides(kwargs)
+    overrides = without_others(kwargs)
     if experts_implementation is not None:
         overrides["experts_implementation"] = experts_implementation  # a config's, to whoever reads one
     if overrides:
@@ -233,9 +201,13 @@ def _device(device: Any) -> str:
 
 
 def _config(config: Any) -> Mapping[str, Any]:
+    if isinstance(config, (str, os.PathLike)):
+        return config_at(config)
     values = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(values, Mapping):
-        raise InvalidRequestError(f"config is a {type(config).__name__}: a PreTrainedConfig or a dict is needed")
+        raise InvalidRequestError(
+            f"config is a {type(config).__name__}: a PreTrainedConfig, a dict or a path is needed"
+        )
     return values
 
 
@@ -258,18 +230,7 @@ def _quantization(config: Any, kwargs: dict[str, Any]) -> Mapping[str, Any] | No
         raise InvalidRequestError(
             f"quantization_config is a {type(config).__name__}: a BitsAndBytesConfig or a dict is needed"
         )
+    if values.get("quant_method") == "bitsandbytes" and not (values.get("load_in_4bit") or values.get("load_in_8bit")):
+        # As transformers takes a BitsAndBytesConfig that says neither.
+        values = {name: value for name, value in values.items() if not name.startswith("_")} | {"load_in_4bit": True}
     return values
-
-
-def _overrides(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    overrides = {}
-    for name, value in kwargs.items():
-        if name == "use_safetensors" and value is False:
-            raise InvalidRequestError(
-                "use_safetensors=False is not supported: only safetensors are read, which `shardlift convert` makes"
-            )
-        if name in _UNSUPPORTED and value is not None and value is not False:
-            raise InvalidRequestError(f"{name} is not supported when loading into a cluster: leave it out")
-        if name not in _MEANINGLESS | _UNSUPPORTED | {"use_safetensors"}:
-            overrides[name] = value
-    return overrides

@@ -43,10 +43,11 @@ def specs(
     trust_remote_code: bool = False,
     model: ModelOptions | None = None,
     can_keep: CanKeep | None = None,
+    request: CheckpointRequest | None = None,
 ) -> list[StageSpec]:
     """Specs of the stages that end before the layers `ends`; the last one takes the rest. All on one device.
 
-    model: in place of the options that are given one by one.
+    model: in place of the options that are given one by one. request: in place of one for `folder`.
     """
     ends = [*ends, -1]
     options = model or ModelOptions(
@@ -56,7 +57,7 @@ def specs(
         quantize_experts=quantize_experts,
         requantize=requantize,
     )
-    request = CheckpointRequest(path=str(folder), trust_remote_code=trust_remote_code)
+    request = request or CheckpointRequest(path=str(folder), trust_remote_code=trust_remote_code)
     layers = len(
         plan_model(
             request, None, options, PlanOptions(), parse_devices("1TiB"), can_keep
