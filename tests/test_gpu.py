@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load, load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, CompressedTensorsConfig
 
 from shardlift.cluster.checkpoint import CheckpointRequest
 from shardlift.cluster.devices import parse_devices
@@ -17,6 +18,7 @@ from shardlift.cluster.planning import ModelOptions, plan_model
 from shardlift.proto.v1.errors import OutOfMemoryError
 from shardlift.worker.fetch import part_bytes
 from shardlift.worker.loader import LoadProgress, load_stage
+from shardlift.worker.own_form import Question, answer
 from shardlift.worker.part_cache import PartCache
 from shardlift.worker.saving import StageSaver
 from shardlift.worker.serialized import serialize
@@ -235,3 +237,47 @@ def test_stages_on_a_gpu_are_saved_as_transformers_saves_the_whole_model(
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+
+
+# Sizes that FP8 kernels take.
+_FP8_SIZES = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_attention_heads": 4}
+PACKED = {
+    "fp8": (packing.fp8((128, 128)), packing.fp8_config((128, 128)), None),
+    "gptq": (packing.gptq(), packing.gptq_config(), None),
+    "awq": (packing.awq, packing.AWQ_CONFIG, None),
+    "compressed-tensors": (
+        packing.compressed("float-quantized"),
+        packing.compressed_config("float-quantized"),
+        {"quant_method": "compressed-tensors", "use_optimized_inference": True},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", PACKED)
+async def test_packed_weights_stay_packed_on_a_gpu(kind: str, tmp_path: Path) -> None:
+    """… where transformers' quantizer and its kernels are there, and compute as in one process."""
+    packer, config, asked = PACKED[kind]
+    plain = checkpoints.tiny("llama", tmp_path / "plain", layers=4, dtype="bfloat16", **_FP8_SIZES)
+    folder = packing.rewrite(plain, tmp_path / "packed", packer, config)
+
+    def here(question: Question) -> str:
+        return answer(replace(question, device=DEVICE)).why_not
+
+    held = {**json.loads((folder / "config.json").read_text())}
+    held["quantization_config"] |= asked or {}
+    if why := here(Question(config=held, dtype="bfloat16", attn_implementation=None, device="")):
+        pytest.skip(f"transformers would not keep it packed here: {why}")
+    loading = None if asked is None else CompressedTensorsConfig(use_optimized_inference=True)
+    whole = AutoModelForCausalLM.from_pretrained(folder, quantization_config=loading, device_map={"": DEVICE})
+    stages = ring.load(folder, (1, 3), quantization=asked, device=DEVICE, can_keep=here)
+    ids = torch.randint(3, 250, (2, 21), generator=torch.Generator().manual_seed(0))
+    async with ring.serve(stages) as pipeline:
+        with torch.inference_mode():
+            expected = whole(ids.to(DEVICE), use_cache=False).logits
+        session = pipeline.session()
+        assert torch.equal(await session(ids, use_cache=False), expected.cpu())
+        await session.close()
+        wanted = whole.generate(ids.to(DEVICE), max_new_tokens=8, do_sample=False)
+        tokens, _ = await pipeline.generate(ids, max_new_tokens=8, do_sample=False)
+        assert torch.equal(tokens, wanted[:, ids.shape[1] :].cpu())

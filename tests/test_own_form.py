@@ -21,7 +21,7 @@ from shardlift.cluster.devices import parse_devices
 from shardlift.cluster.own_forms import ask_here, verdict
 from shardlift.cluster.plan import PlanOptions
 from shardlift.cluster.planning import CanKeep, ModelOptions, PlannedModel, plan_model
-from shardlift.cluster.quantized import own_form
+from shardlift.cluster.quantized import own_form, settle
 from shardlift.proto.v1.errors import InvalidRequestError, UnsupportedModelError
 from shardlift.worker import own_form as worker_side
 from shardlift.worker.own_form import Answer, Question
@@ -30,8 +30,6 @@ from shardlift.worker.spec import StageSpec
 from tests.support import packing, ring
 from tests.support.checkpoints import tiny
 from tests.support.quantization import nf4
-from tests.test_compressed import config_of as compressed_config
-from tests.test_compressed import packer as compressed
 from tests.test_families import check_decoding, check_forward, prompt
 from tests.test_layout import bytes_of, loaded
 
@@ -164,10 +162,11 @@ async def test_gptqmodel_computes_as_in_one_process(packed: Checkpoints, family:
 
 
 @with_gptqmodel
-def test_experts_in_gptq_are_unpacked(packed: Checkpoints) -> None:
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_experts_are_unpacked(packed: Checkpoints, kind: str) -> None:
     """transformers 5 merges them, and its quantizer has no modules for them."""
     pytest.importorskip("gptqmodel")
-    plan = planned(packed("qwen3_moe", "gptq"), here)
+    plan = planned(packed("qwen3_moe", kind), here)
     assert plan.plan.outline.quantization == "none"
     assert "no place for them" in plan.plan.outline.notes[-1]
 
@@ -193,7 +192,7 @@ OPTIMIZED = {"quant_method": "compressed-tensors", "use_optimized_inference": Tr
 async def test_fp8_that_compressed_tensors_wrote(fp8_anywhere: None, tmp_path: Path) -> None:
     plain = tiny("llama", tmp_path / "plain", layers=LAYERS, dtype="bfloat16")
     form = "float-quantized"
-    folder = packing.rewrite(plain, tmp_path / "packed", compressed(form), compressed_config(form))
+    folder = packing.rewrite(plain, tmp_path / "packed", packing.compressed(form), packing.compressed_config(form))
     with pytest.warns(UserWarning, match="loading attributes"):
         whole = AutoModelForCausalLM.from_pretrained(
             folder, quantization_config=CompressedTensorsConfig(use_optimized_inference=True)
@@ -208,30 +207,71 @@ async def test_fp8_that_compressed_tensors_wrote(fp8_anywhere: None, tmp_path: P
 async def test_what_stays_packed_is_not_saved(fp8_anywhere: None, tmp_path: Path) -> None:
     plain = tiny("llama", tmp_path / "plain", layers=LAYERS, dtype="bfloat16")
     form = "float-quantized"
-    folder = packing.rewrite(plain, tmp_path / "packed", compressed(form), compressed_config(form))
+    folder = packing.rewrite(plain, tmp_path / "packed", packing.compressed(form), packing.compressed_config(form))
     [result] = loaded(planned(folder, here, stages=1, quantization=OPTIMIZED))
     with pytest.raises(UnsupportedModelError, match=r"compressed-tensors.*dequantize=True"):
         StageSaver(result.stage, lambda take: take()).plan(1 << 30, keep_quantized_experts=False)
 
 
-def test_transformers_unpacks_compressed_tensors_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("form", "name"), [("float-quantized", "weight"), ("pack-quantized", "weight_packed")])
+def test_transformers_unpacks_compressed_tensors_too(tmp_path: Path, form: str, name: str) -> None:
     """… at its first pass, into what is held here from the start."""
     pytest.importorskip("compressed_tensors")
     plain = tiny("llama", tmp_path / "plain", layers=2, dtype="bfloat16")
-    form = "float-quantized"
-    folder = packing.rewrite(plain, tmp_path / "packed", compressed(form), compressed_config(form))
+    folder = packing.rewrite(plain, tmp_path / "packed", packing.compressed(form), packing.compressed_config(form))
     whole = AutoModelForCausalLM.from_pretrained(folder)
-    weight = "model.layers.0.mlp.up_proj.weight"
-    assert whole.get_parameter(weight).dtype is torch.float8_e4m3fn
+    module = "model.layers.0.mlp.up_proj"
+    assert whole.get_parameter(f"{module}.{name}").dtype is not torch.bfloat16
     with torch.no_grad():
         whole(torch.ones(1, 4, dtype=torch.long))
-    assert whole.get_parameter(weight).dtype is torch.bfloat16
+    assert whole.get_parameter(f"{module}.weight").dtype is torch.bfloat16
     plan = planned(folder, here, stages=1)
     assert "at the first pass" in plan.plan.outline.notes[-1]
     found = state_of(loaded(plan)[0].stage.model)
-    wanted = {name: value for name, value in state_of(whole).items() if not name.endswith("_scale")}
+    beside = ("weight_scale", "weight_shape")
+    wanted = {name: value for name, value in state_of(whole).items() if not name.endswith(beside)}
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in found)
+
+
+# ---- FP8 with block scales: all but the kernel, which needs a GPU (test_gpu.py) --------------------------------------
+
+
+@pytest.fixture
+def fp8_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' modules as they are, with a product in torch in the place of its kernel: for both sides."""
+    from transformers.integrations import finegrained_fp8
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+    def multiply(
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        block: Any,
+        bias: Any = None,
+        *_: Any,
+        **__: Any,
+    ) -> torch.Tensor:
+        spread = scale.repeat_interleave(block[0], 0)[: weight.shape[0]]
+        spread = spread.repeat_interleave(block[1], 1)[:, : weight.shape[1]]
+        return torch.nn.functional.linear(hidden, (weight.float() * spread).to(hidden.dtype), bias)
+
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda self, **_: None)
+    monkeypatch.setattr(finegrained_fp8, "finegrained_fp8_linear", multiply)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+async def test_fp8_blocks(fp8_without_a_gpu: None, tmp_path: Path, family: str) -> None:
+    plain = tiny(family, tmp_path / "plain", layers=LAYERS, dtype="bfloat16")
+    folder = packing.rewrite(plain, tmp_path / "packed", packing.fp8(), packing.fp8_config())
+    whole = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
+    plan = planned(folder, yes)
+    assert plan.plan.outline.quantization == "fp8"
+    check_held(plan, whole)
+    kinds = {str(value.dtype) for value in state_of(whole).values()}
+    assert "torch.float8_e4m3fn" in kinds
+    if family == "llama":
+        await check_computed(folder, whole, ((), (1,), (1, 2)), can_keep=yes)
 
 
 # ---- who decides -----------------------------------------------------------------------------------------------------
@@ -263,7 +303,7 @@ def test_a_config_of_the_checkpoints_own_method_says_how() -> None:
     assert own_form(fp8, nf4().to_dict()) is None
     assert own_form({"model_type": "llama"}, None) is None
     assert own_form({"quantization_config": nf4().to_dict()}, None) is None
-    form = {"quantization_config": compressed_config("float-quantized")}
+    form = {"quantization_config": packing.compressed_config("float-quantized")}
     found = own_form(form, OPTIMIZED)
     assert found is not None
     assert found["quantization_config"] == form["quantization_config"] | {"use_optimized_inference": True}
@@ -279,12 +319,31 @@ def test_all_nodes_must_agree_with_the_head() -> None:
     assert verdict("a", {}) == "no node could be asked"
 
 
+def test_of_compressed_tensors_only_fp8_has_kernels() -> None:
+    pytest.importorskip("compressed_tensors")
+    config = packing.compressed_config("pack-quantized")
+    assert "first pass" in worker_side.why_not_anywhere({"quantization_config": config})
+    config["use_optimized_inference"] = True
+    assert "FP8 alone" in worker_side.why_not_anywhere({"quantization_config": config})
+    config["config_groups"] = packing.compressed_config("float-quantized")["config_groups"]
+    assert worker_side.why_not_anywhere({"quantization_config": config}) == ""
+
+
+def test_activations_that_unpacking_leaves_out_are_told_of() -> None:
+    config = packing.compressed_config("float-quantized")
+    settled = settle({"quantization_config": config}, None)
+    assert not any("activations" in note for note in settled.notes)
+    config["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "type": "float", "dynamic": True}
+    settled = settle({"quantization_config": config}, None)
+    assert "activations are not rounded" in settled.notes[-1]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4", "compressed-tensors"])
 def test_this_machine_unpacks(kind: str) -> None:
     config: dict[str, Any] = {"model_type": "llama", "quantization_config": {"quant_method": kind}}
     if kind == "compressed-tensors":
-        config["quantization_config"] = compressed_config("float-quantized") | {"use_optimized_inference": True}
+        config["quantization_config"] = packing.compressed_config("float-quantized") | {"use_optimized_inference": True}
     found = worker_side.answer(Question(config=config, dtype="bfloat16", attn_implementation=None, device="cpu"))
     assert found.why_not
     assert "\n" not in found.why_not

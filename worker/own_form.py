@@ -55,7 +55,14 @@ def why_not_anywhere(config: Mapping[str, Any]) -> str:
         return f"that needs `pip install {packages}` on every node, and on the head"
     if method == COMPRESSED and not config["quantization_config"].get("use_optimized_inference"):
         return "transformers, too, unpacks compressed-tensors, at the first pass"
+    if method == COMPRESSED and not all(map(_is_fp8, config["quantization_config"].get("config_groups", {}).values())):
+        return "transformers has kernels for FP8 alone, and not all weights are that"
     return ""
+
+
+def _is_fp8(group: Any) -> bool:
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    return isinstance(weights, Mapping) and (weights.get("type"), weights.get("num_bits")) == ("float", 8)
 
 
 def answer(question: Question) -> Answer:

@@ -145,3 +145,41 @@ def fp8(block: tuple[int, int] = (32, 32)) -> Packer:
 
 def fp8_config(block: tuple[int, int] = (32, 32)) -> dict[str, Any]:
     return {"quant_method": "fp8", "weight_block_size": list(block), "activation_scheme": "dynamic", "fmt": "e4m3"}
+
+
+COMPRESSED_WEIGHTS: dict[str, dict[str, Any]] = {
+    "pack-quantized": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
+    "float-quantized": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"},
+    "int-quantized": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+}
+
+
+def compressed_config(form: str) -> dict[str, Any]:
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": COMPRESSED_WEIGHTS[form]}},
+        "ignore": ["lm_head"],
+    }
+
+
+def compressed(form: str) -> Packer:
+    """As the package compresses it; what that means, it says itself."""
+
+    def pack(name: str, weight: torch.Tensor) -> Any:
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+        arguments = COMPRESSED_WEIGHTS[form]
+        scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**arguments))
+        rows, columns = weight.shape
+        groups = columns // arguments.get("group_size", columns)
+        most = {4: 7.0, 8: 127.0}[arguments["num_bits"]] if arguments["type"] == "int" else 448.0
+        scale = (weight.float().reshape(rows, groups, -1).abs().amax(-1) / most).to(weight.dtype)
+        compressor = BaseCompressor.get_value_from_registry(form)
+        parts = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
+        meant = compressor.decompress(dict(parts), scheme)["weight"].to(weight.dtype)
+        return {f".{role}": part for role, part in parts.items()}, meant.double().numpy()
+
+    return pack
