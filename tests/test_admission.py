@@ -17,6 +17,7 @@ from shardlift.client.handle import RemoteModel
 from shardlift.cluster.plan import room_bytes
 from shardlift.proto.v1 import errors, inference_pb2
 from shardlift.worker.admission import Admission, Room
+from shardlift.worker.service import EPOCH_HEADER, SESSION_HEADER
 from shardlift.worker.spec import SessionLimits
 from shardlift.worker.stage import ResidentStage
 from shardlift.worker.tensors import to_message
@@ -285,6 +286,27 @@ async def test_a_prompt_that_takes_too_much_is_refused_before_it_is_computed(sta
     async with ring.serve(stages) as pipeline:
         (whole, _) = await pipeline.generate(long, padded, max_new_tokens=2)
         assert torch.equal(chunked, whole)
+
+
+async def test_what_was_let_in_is_computed_again_after_a_loss(stages: list[ResidentStage]) -> None:
+    """Though others have taken the room meanwhile; what comes after it is asked about as ever."""
+    limits = SessionLimits(rooms=((24 * MIB, 0), (24 * MIB, 0)))
+    forward = inference_pb2.ForwardRequest(
+        input_ids=to_message(torch.full((1, 9000), 7)), without_logits=True, use_cache=True
+    )
+    async with ring.serve(stages, limits=limits) as pipeline:
+        for epoch, kind in (("0", errors.OutOfMemoryError), ("1", None)):
+            session = Session(pipeline)
+            metadata = [*pipeline.metadata, (SESSION_HEADER, f"s{epoch}"), (EPOCH_HEADER, epoch)]
+            session.call = pipeline.stub.Session(metadata=metadata)
+            if kind is not None:
+                with pytest.raises(kind):
+                    await session.act(forward=forward)
+            else:
+                await session.act(forward=forward)
+                with pytest.raises(errors.OutOfMemoryError):
+                    await session.forward(torch.full((1, 900), 7))
+            await session.close()
 
 
 async def test_passes_are_refused_likewise_and_go_through_in_pieces(stages: list[ResidentStage]) -> None:

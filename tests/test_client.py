@@ -812,7 +812,7 @@ def test_generate_refuses_ids(ids: Any, model: RemoteModel) -> None:
 
 def test_a_prompt_too_large_for_a_message_is_refused_here(model: RemoteModel) -> None:
     with pytest.raises(errors.InvalidRequestError, match="over the limit"):
-        model.generate(torch.ones(64, 10_000, dtype=torch.long))
+        model.generate(torch.ones(640, 10_000, dtype=torch.long))
 
 
 def test_logits_and_scores_larger_than_a_message(gateway: ScriptedGateway, model: RemoteModel) -> None:

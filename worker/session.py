@@ -70,6 +70,8 @@ class RingSession:
         self._select: tuple[int, ...] = ()
         self._past: _Past | None = None
         self._adapters: tuple[str, ...] = ()
+        # What was let in before a stage was lost is not sent away for it.
+        self._is_replayed = False
         # Held beyond what it comes to by itself.
         self._reserved_tokens = 0
         stage = pipeline.stage
@@ -231,8 +233,7 @@ class RingSession:
 
     def _check_pass(self, asked: Pass) -> None:
         free = self._ticket.free_bytes
-        if not free or self._epoch:
-            # What was let in before a stage was lost is not sent away for it.
+        if not free or self._is_replayed:
             return
         least = least_bytes(self._dimensions)
 
@@ -267,6 +268,7 @@ class RingSession:
     ) -> AsyncIterator[inference_pb2.ForwardResponse]:
         """Runs the pass that is asked for; gives its logits, message by message."""
         self._choose(request)
+        self._is_replayed = self._epoch > 0 and (self._number == 0 or request.without_logits)
         step = _step_input(request, self.length, self._pipeline.stage, cached=cached)
         if request.without_logits:
             await self.forward(step, logits_to_keep=1, then=lambda logits: None)
@@ -323,6 +325,7 @@ class RingSession:
 
     async def _decoding(self, request: inference_pb2.GenerateRequest) -> Decoding:
         self._choose(request)
+        self._is_replayed = self._epoch > 0 and (self._number == 0 or request.HasField("generated"))
         input_ids = check_ids("input_ids", from_message(request.input_ids))
         mask = _mask(request.attention_mask) if request.HasField("attention_mask") else None
         past = self._past

@@ -76,7 +76,7 @@ class ModelGateway:
 
     def start(self) -> None:
         """Listens, after a `stop` where it did before."""
-        self._server = grpc.server(futures.ThreadPoolExecutor(8), options=wire.CHANNEL_OPTIONS)
+        self._server = grpc.server(futures.ThreadPoolExecutor(8), options=wire.SERVER_OPTIONS)
         registry_pb2_grpc.add_ModelRegistryServiceServicer_to_server(_Registry(self), self._server)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(_Inference(self), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), self._server)

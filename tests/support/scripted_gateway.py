@@ -41,7 +41,7 @@ class ScriptedGateway:
         self._expected: list[tuple[str, Script]] = []
         self._failures: list[str] = []
         self._lock = threading.Lock()
-        self._server = grpc.server(futures.ThreadPoolExecutor(8), options=wire.CHANNEL_OPTIONS)
+        self._server = grpc.server(futures.ThreadPoolExecutor(8), options=wire.SERVER_OPTIONS)
         registry_pb2_grpc.add_ModelRegistryServiceServicer_to_server(_Servicer(self), self._server)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(_Servicer(self), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), self._server)
