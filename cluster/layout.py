@@ -5,6 +5,7 @@ Runs transformers on the meta device: it is the definition of the model, of the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -37,6 +38,13 @@ _FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3")
 _UNLISTED = (
     "model type {!r} isn't one of the families that shardlift is tested with; a small model of this config, cut into "
     "stages, gave transformers' own logits to the bit"
+)
+_LEFT_OUT = "the model has no place for these tensors of the checkpoint, which are not fetched: {}"
+_MOST_NAMED = 5
+# Beside a weight they say that it is quantized, or packed: bitsandbytes', FP8's, GPTQ's and AWQ's.
+_STATISTICS = re.compile(
+    r"(.+)\.(?:SCB|weight_format|weight\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)"
+    r"|weight_scale(?:_inv)?|scales|qzeros|g_idx)"
 )
 
 
@@ -110,8 +118,9 @@ def lay_out(
     as a self-check has found it. code: the checkpoint's own. keep_packing: packed weights stay as they are, in the
     modules of transformers' quantizer.
 
-    Raises UnsupportedModelError, InvalidRequestError, and TensorMismatchError for tensors that the model lacks, has too
-    many, or wants in another shape.
+    Tensors that the model has no place for stay where they are, and a note names them, as transformers does. Raises
+    UnsupportedModelError, InvalidRequestError, and TensorMismatchError for tensors that are missing, misshapen, or say
+    that another is not what it seems.
     """
     parsed = parse_config(config, code)
     if part := TEXT_PARTS.get(str(config.get("model_type"))):
@@ -144,7 +153,7 @@ def lay_out(
             )
         skeleton, key_map = build(experts=False)
     infos = list(skeleton.parameters())
-    targets = _match(skeleton, key_map, infos, stored)
+    targets, unexpected = _match(skeleton, key_map, infos, stored)
     fetch: dict[str, int] = {}
     for key, target in targets.items():
         fetch[target] = fetch.get(target, 0) + stored[key].size_bytes
@@ -200,6 +209,7 @@ def lay_out(
         notes=(
             *([] if anatomy is None else [_UNLISTED.format(skeleton.model.config.model_type)]),
             *(_notes_on_experts(skeleton, infos) if is_default else ()),
+            *([_LEFT_OUT.format(_listed(unexpected))] if unexpected else []),
         ),
         is_fixed=skeleton.is_prequantized or keep_packing,
     )
@@ -331,8 +341,9 @@ def _storage(info: ParameterInfo, skeleton: Skeleton) -> Storage:
 
 def _match(
     skeleton: Skeleton, key_map: KeyMap, infos: Sequence[ParameterInfo], stored: Mapping[str, StoredTensor]
-) -> dict[str, str]:
-    """Tensor's key -> parameter, for each that the model uses."""
+) -> tuple[dict[str, str], set[str]]:
+    """Tensor's key -> parameter, for each that the model uses; and the keys of those that it should know of, and has no
+    place for."""
     targets: dict[str, str] = {}
     unexpected: set[str] = set()
     misshapen: list[str] = []
@@ -356,11 +367,29 @@ def _match(
     missing, unexpected = unmatched_keys(skeleton, set(targets.values()), unexpected)
     if missing:
         raise TensorMismatchError(f"the checkpoint has no tensor for {_some(missing)}")
-    if unexpected:
-        raise TensorMismatchError(f"the model has no place for tensor {_some(unexpected)}")
     if misshapen:
         raise TensorMismatchError(_some(set(misshapen)))
-    return targets
+    # One expert more than there should be is a wrong config, and what transformers merges then has a wrong shape.
+    if stray := {key for key in unexpected if _expert_of(key_map(key)[0]) in skeleton.separate}:
+        raise TensorMismatchError(f"the model has no place for tensor {_some(stray)}")
+    if telling := {key for key in unexpected if (of := _STATISTICS.fullmatch(key)) and f"{of[1]}.weight" in targets}:
+        raise TensorMismatchError(
+            f"tensor {_some(telling)} belongs to a quantized weight, but config.json has no quantization_config by "
+            "which it is one: put the one there that it was quantized with"
+        )
+    return targets, unexpected
+
+
+def _expert_of(name: str) -> str:
+    """The path of the experts that "path.3.up_proj.weight" would be of."""
+    return name.rsplit(".", 3)[0]
+
+
+def _listed(names: set[str]) -> str:
+    """As many as one can read, in their order."""
+    first = sorted(names)[:_MOST_NAMED]
+    more = f" and {len(names) - len(first)} more" if len(names) > len(first) else ""
+    return ", ".join(first) + more
 
 
 def _some(names: set[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from shardlift.cluster.checkpoint import Checkpoint, CheckpointRequest, read_checkpoint
 from shardlift.cluster.devices import parse_devices
@@ -225,11 +227,67 @@ def test_missing_tensors(llama: Checkpoint, quantization: str) -> None:
     assert "no tensor for" in refusal(TensorMismatchError, llama.config, {})
 
 
-def test_tensors_too_many(llama: Checkpoint) -> None:
+EXTRA = ("model.layers.7.mlp.up_proj.weight", "visual.patch_embed.weight", "model.norm.bias")
+
+
+def test_tensors_too_many_are_left_out_and_named(llama: Checkpoint) -> None:
+    """As in transformers, which reports them."""
     extra = next(iter(llama.records.values()))
-    for key in ("model.layers.7.mlp.up_proj.weight", "visual.patch_embed.weight", "model.norm.bias"):
-        records = dict(llama.records) | {key: extra}
-        assert f"no place for tensor {key}" in refusal(TensorMismatchError, llama.config, records)
+    whole = laid_out(llama.config, llama.records)
+    assert not whole.outline.notes
+    more = laid_out(llama.config, dict(llama.records) | dict.fromkeys(EXTRA, extra))
+    assert more.targets == whole.targets
+    assert more.outline.sizes == whole.outline.sizes
+    [note] = more.outline.notes
+    assert note.endswith("not fetched: model.layers.7.mlp.up_proj.weight, model.norm.bias, visual.patch_embed.weight")
+    many = dict.fromkeys([f"extra.{index:02}" for index in range(12)], extra)
+    [note] = laid_out(llama.config, dict(llama.records) | many).outline.notes
+    assert note.endswith("not fetched: extra.00, extra.01, extra.02, extra.03, extra.04 and 7 more")
+
+
+def test_tensors_that_old_checkpoints_have_too_many_are_not_mentioned(checkpoint_of: Checkpoints) -> None:
+    """transformers knows of them."""
+    checkpoint = read_checkpoint(CheckpointRequest(path=str(checkpoint_of("gpt2"))), None)
+    extra = next(iter(checkpoint.records.values()))
+    old = {f"transformer.h.{layer}.attn.bias": extra for layer in range(LAYERS)}
+    assert not laid_out(checkpoint.config, dict(checkpoint.records) | old).outline.notes
+
+
+def test_tensors_of_another_model_are_missing_ones(llama: Checkpoint, checkpoint_of: Checkpoints) -> None:
+    other = read_checkpoint(CheckpointRequest(path=str(checkpoint_of("gpt2"))), None)
+    assert "no tensor for lm_head.weight (and " in refusal(TensorMismatchError, llama.config, other.records)
+
+
+@pytest.mark.parametrize("name", ["SCB", "weight_scale_inv", "weight.absmax", "scales"])
+def test_a_weight_that_is_quantized_behind_the_configs_back(llama: Checkpoint, name: str) -> None:
+    """It would be taken for what it isn't."""
+    extra = next(iter(llama.records.values()))
+    key = f"model.layers.1.mlp.up_proj.{name}"
+    text = refusal(TensorMismatchError, llama.config, dict(llama.records) | {key: extra})
+    assert f"tensor {key} belongs to a quantized weight" in text
+
+
+async def test_gpt_j_as_published_computes_what_transformers_does(checkpoint_of: Checkpoints, tmp_path: Path) -> None:
+    """With masks in its files, and fewer layers than it has."""
+    folder = shutil.copytree(checkpoint_of("gptj"), tmp_path / "gptj")
+    masks = {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, 256, 256) for layer in range(LAYERS)}
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    save_file(masks, folder / "masks.safetensors", {"format": "pt"})
+    index["weight_map"] |= dict.fromkeys(masks, "masks.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    whole = AutoModelForCausalLM.from_pretrained(folder, n_layer=2)
+    plan = planned(folder, stages=2, config_overrides={"n_layer": 2})
+    assert plan.plan.to_message().total_fetch_bytes == sum(
+        each.size_bytes for spec in plan.specs("m", "l", "s") for each in spec.records
+    )
+    assert not [record.key for spec in plan.specs("m", "l", "s") for record in spec.records if record.key in masks]
+    assert "transformer.h.0.attn.bias, transformer.h.1.attn.bias" in plan.plan.to_message().notes[0]
+    hidden = ids = torch.arange(5, 17)[None]
+    for each in loaded(plan):
+        step = StepInput(input=hidden, attention_mask=None, position_ids=torch.arange(12)[None], use_cache=False)
+        hidden = each.stage.forward(step, None)
+    with torch.inference_mode():
+        assert torch.equal(hidden, whole(ids, use_cache=False).logits)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
@@ -338,9 +396,8 @@ def test_another_size_than_the_files_is_named_by_a_tensor(llama: Checkpoint) -> 
     text = refusal(TensorMismatchError, dict(llama.config) | {"intermediate_size": 96}, llama.records)
     assert "mlp" in text
     assert "the model needs [64, 96]" in text
-    assert "no place for tensor model.layers.2." in refusal(
-        TensorMismatchError, dict(llama.config) | {"num_hidden_layers": 2}, llama.records
-    )
+    [note] = laid_out(dict(llama.config) | {"num_hidden_layers": 2}, llama.records).outline.notes
+    assert "not fetched: model.layers.2." in note
     assert "no tensor for model.layers.3." in refusal(
         TensorMismatchError, dict(llama.config) | {"num_hidden_layers": 4}, llama.records
     )

@@ -8,7 +8,7 @@
     │   ├── CheckpointNotFoundError    no such repository, folder, revision or file
     │   ├── GatedCheckpointError       the Hub wants a token, or a better one
     │   ├── CorruptCheckpointError     bytes that contradict themselves: header, size, index
-    │   ├── TensorMismatchError        missing, unexpected or misshapen tensors, by name
+    │   ├── TensorMismatchError        missing or misshapen tensors, by name
     │   └── UnsupportedModelError      an architecture or quantization that isn't known to be right
     ├── SourceError                    reading failed for good after retries
     ├── SaveError                      a model can't be written out where it should be
@@ -70,7 +70,7 @@ class CorruptCheckpointError(CheckpointError):
 
 
 class TensorMismatchError(CheckpointError):
-    """Tensors that are missing, unexpected or misshapen, by name."""
+    """Tensors that are missing or misshapen, or not what they seem, by name."""
 
 
 class UnsupportedModelError(CheckpointError):
