@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -27,7 +28,9 @@ from shardlift.proto.v1.errors import (
     InvalidRequestError,
     ShardliftError,
 )
+from shardlift.worker.loader import LoadProgress, load_stage
 from tests.support import adapters, checkpoints, ring
+from tests.support.hub import HubServer
 from tests.support.scripted_gateway import ScriptedGateway
 
 IDS = torch.arange(5, 17)[None]
@@ -203,6 +206,32 @@ def test_a_config_is_taken_as_an_object_a_dict_or_a_path(folder: Path, tmp_path:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(InvalidRequestError, match="holds no config"):
         logits(folder, config=tmp_path)
+
+
+def test_a_revision_of_a_gated_repository_is_read_with_its_token(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = checkpoints.tiny("llama", tmp_path / "other", dtype="bfloat16", seed=1)
+    with HubServer() as hub:
+        hub.add_repo("org/tiny", folder, gated_token="hf_secret")
+        hub.add_repo("org/tiny", other, revision="v2", gated_token="hf_secret")
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+
+        def logits_at(**given: Any) -> torch.Tensor:
+            request = registry_pb2.LoadModelRequest()
+            describe(request, "org/tiny", "hf_secret", "127.0.0.1:1", {"cache_dir": tmp_path / "cache", **given})
+            source = checkpoint_request(request.source)
+            assert (source.hub_endpoint, source.cache_dir) == (hub.endpoint, str(tmp_path / "cache"))
+            token = request.source.token
+            specs = ring.specs(folder, (2,), model=model_options(request.options), request=source, token=token)
+            stages = [load_stage(spec, token, LoadProgress()).stage for spec in specs]
+            return adapters.through(stages, IDS, ())
+
+        assert torch.equal(logits_at(), local(folder))
+        assert torch.equal(logits_at(revision="v2"), local(other))
+        with pytest.raises(CheckpointNotFoundError, match="no revision 'v3'"):
+            logits_at(revision="v3")
+    huggingface_hub.close_session()  # its pool would keep connections to a server that is gone
 
 
 def test_pickled_weights_are_refused_with_the_way_to_convert(folder: Path, tmp_path: Path) -> None:

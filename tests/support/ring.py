@@ -44,6 +44,7 @@ def specs(
     model: ModelOptions | None = None,
     can_keep: CanKeep | None = None,
     request: CheckpointRequest | None = None,
+    token: str | None = None,
 ) -> list[StageSpec]:
     """Specs of the stages that end before the layers `ends`; the last one takes the rest. All on one device.
 
@@ -60,11 +61,11 @@ def specs(
     request = request or CheckpointRequest(path=str(folder), trust_remote_code=trust_remote_code)
     layers = len(
         plan_model(
-            request, None, options, PlanOptions(), parse_devices("1TiB"), can_keep
+            request, token, options, PlanOptions(), parse_devices("1TiB"), can_keep
         ).outlined.layout.outline.sizes.layers
     )
     by_module: dict[str, str] = {"": "0"}
-    planned = plan_model(request, None, options, PlanOptions(), parse_devices(f"{len(ends)}x1TiB"), can_keep)
+    planned = plan_model(request, token, options, PlanOptions(), parse_devices(f"{len(ends)}x1TiB"), can_keep)
     base = next(name for name, place in planned.outlined.layout.outline.modules if place.part == "layer").rsplit(
         ".", 1
     )[0]
@@ -77,7 +78,7 @@ def specs(
         if place.part == "after":
             by_module[name] = str(len(ends) - 1)
     spread = PlanOptions(by_module=by_module)
-    planned = plan_model(request, None, options, spread, parse_devices(f"{len(ends)}x1TiB"), can_keep)
+    planned = plan_model(request, token, options, spread, parse_devices(f"{len(ends)}x1TiB"), can_keep)
     return [replace(spec, device=device) for spec in planned.specs("model", "load", SECRET)]
 
 
