@@ -39,8 +39,13 @@ KINDS: dict[str, tuple[packing.Packer, dict[str, Any]]] = {
     "gptq, act-order": (packing.gptq(order=True), packing.gptq_config(order=True)),
     "gptq, symmetric": (packing.gptq(sym=True, group=64), packing.gptq_config(sym=True, group=64)),
     "gptq, int8": (packing.gptq(bits=8), packing.gptq_config(bits=8)),
+    "gptq, int3": (packing.gptq(bits=3), packing.gptq_config(bits=3)),
+    "gptq, int2 in one group": (packing.gptq(bits=2, group=-1), packing.gptq_config(bits=2, group=-1)),
+    "gptq, v2": (packing.gptq(v2=True), packing.gptq_config(v2=True)),
     "awq": (packing.awq, packing.AWQ_CONFIG),
 }
+# Of bits, what gptqmodel adds to each matrix once it is loaded: shifts, which no header tells of.
+ADDED_BYTES = {2: 64, 3: 144, 4: 32, 8: 16}
 Checkpoints = Callable[[str, str], Path]
 # optimum looks at each attribute of a module, deprecated ones too.
 with_gptqmodel = pytest.mark.filterwarnings("ignore")
@@ -120,15 +125,15 @@ async def check_computed(
 
 
 @with_gptqmodel
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    ("family", "kind"), [*(("llama", kind) for kind in KINDS), ("qwen2", "gptq"), ("qwen2", "awq")]
+)
 def test_gptqmodel_holds_the_checkpoints_tensors(packed: Checkpoints, family: str, kind: str) -> None:
     pytest.importorskip("gptqmodel")
     folder = packed(family, kind)
     plan = planned(folder, here)
     method = kind.partition(",")[0]
-    # gptqmodel keeps one int32 for each value of a word, which no header tells of.
-    added_bytes = 32 // KINDS[kind][1]["bits"] * 4 if method == "gptq" else 0
+    added_bytes = ADDED_BYTES[KINDS[kind][1]["bits"]] if method == "gptq" else 0
     assert plan.plan.outline.quantization == method, plan.plan.outline.notes
     [note] = plan.plan.outline.notes
     assert f"quantized with {method}: its weights stay so" in note
@@ -147,6 +152,9 @@ def test_gptqmodel_holds_the_checkpoints_tensors(packed: Checkpoints, family: st
         ("llama", "gptq", "float16"),
         ("llama", "gptq, act-order", "bfloat16"),
         ("llama", "gptq, int8", "float32"),
+        ("llama", "gptq, int3", "bfloat16"),
+        ("llama", "gptq, int2 in one group", "float16"),
+        ("llama", "gptq, v2", "bfloat16"),
         ("llama", "awq", "bfloat16"),
         ("llama", "awq", "float16"),
         ("qwen2", "gptq, symmetric", "float32"),
