@@ -87,6 +87,9 @@ class DescribedModel:
             kind = values.get("model_type", "")
             config_class = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PreTrainedConfig  # noqa: SIM401 - its get() imports all
             config = config_class.from_dict(values)
+            for part in config.sub_configs:
+                if (of_part := getattr(config, part, None)) is not None:
+                    of_part.dtype = config.dtype
             # What the checkpoint brings, or was asked for.
             quantization = json.loads(info.quantization_config_json or "null") or values.get("quantization_config")
             if isinstance(quantization, dict) and {"load_in_4bit", "load_in_8bit"} & quantization.keys():

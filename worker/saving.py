@@ -157,7 +157,9 @@ class StageSaver:
         parameter is the whole model's."""
         model = self._stage.model
         config = copy.deepcopy(model.config)
-        config.dtype = dtype_name(model.dtype)
+        for each in (config, *(getattr(config, part) for part in config.sub_configs)):
+            if each is not None:  # as transformers tells the parts of a config, too
+                each.dtype = dtype_name(model.dtype)
         config.architectures = [type(model).__name__]
         generation = model.generation_config.to_json_string(use_diff=True, keys_to_pop=["compile_config"])
         return config.to_json_string(use_diff=True).encode(), generation.encode()
