@@ -183,7 +183,10 @@ class Killer:
         assert not self._failures, self._failures
 
     def _client(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-c", KILLED, self._cluster.gateway], stdout=subprocess.PIPE)
+        # Unbuffered: `communicate` would not give what a buffer has read beyond the first line.
+        return subprocess.Popen(
+            [sys.executable, "-c", KILLED, self._cluster.gateway], stdout=subprocess.PIPE, bufsize=0
+        )
 
     def _run(self) -> None:
         begun_s = time.monotonic()
