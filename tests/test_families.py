@@ -1,6 +1,7 @@
 """Stages of every supported family compute what one-process transformers computes: difference 0.0.
 
-Over one, two and three uneven stages, through real gRPC; prefill alone and in chunks, cached decoding, left padding.
+Over three uneven stages, through real gRPC: prefill alone and in chunks, cached decoding, left padding, generation. A
+few of the same passes over two. All of it over one and two stages for `KINDS`, and for the others in `soak`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +26,32 @@ from tests.support import checkpoints, ring
 from tests.support.quantization import nf4
 
 LENGTH = 21
-DECODED = 32
+DECODED = 20
 CHUNKS = (12, 7, 2)
 CUTS: dict[str, tuple[int, ...]] = {"one stage": (), "two": (1,), "three": (1, 3)}
 Case = tuple[Path, BitsAndBytesConfig, PreTrainedModel]
 
 _LINEAR, _FULL = "linear_attention", "full_attention"
 
+
+def _rope(kind: str, **more: Any) -> dict[str, Any]:
+    return {"rope_type": kind, "rope_theta": 10000.0, **more}
+
+
+_YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=64)
+_LLAMA3 = _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+_LONGROPE = _rope(
+    "longrope",
+    short_factor=[1.0] * 8,
+    long_factor=[1.0 + index / 2 for index in range(8)],
+    original_max_position_embeddings=30,
+)
+
 # What a family's models differ in, where it is seen around the layers or in the cache.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
     "opt-projected": ("opt", {"word_embed_proj_dim": 128, "do_layer_norm_before": False}),
+    "opt-350m": ("opt", {"hidden_size": 128, "word_embed_proj_dim": 64, "do_layer_norm_before": False}),
     "gpt_bigcode-multihead": ("gpt_bigcode", {"multi_query": False}),
     "falcon-new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     # A stage of states alone, and one of keys and values alone.
@@ -42,10 +59,34 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     # As all real ones begin.
     "minimax-linear": ("minimax", {"layer_types": [_LINEAR, _LINEAR, _FULL, _LINEAR]}),
     "falcon-alibi": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
+    "falcon-40b-one-norm": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "mistral-window": ("mistral", {"sliding_window": 16}),
+    "mixtral-window": ("mixtral", {"sliding_window": 16}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}),
+    "qwen3-window": ("qwen3", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}),
+    "phi3-window": ("phi3", {"sliding_window": 16}),
+    "llama-llama3": ("llama", {"rope_parameters": _LLAMA3}),
+    "llama-yarn": ("llama", {"rope_parameters": _YARN}),
+    # Frequencies change in the midst of a prompt.
+    "llama-dynamic": ("llama", {"rope_parameters": _rope("dynamic", factor=2.0), "max_position_embeddings": 16}),
+    "llama-linear": ("llama", {"rope_parameters": _rope("linear", factor=4.0)}),
+    "phi3-longrope": ("phi3", {"original_max_position_embeddings": 30, "rope_parameters": _LONGROPE}),
+    "phi-norms": ("phi", {"qk_layernorm": True}),
+    "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
+    "mpt-clipped": ("mpt", {"attn_config": {"clip_qkv": 0.5, "alibi": True}}),
+    "mpt-without-alibi": ("mpt", {"attn_config": {"alibi": False}}),
+    "bloom-post": ("bloom", {"apply_residual_connection_post_layernorm": True}),
+    "cohere-norms": ("cohere", {"use_qk_norm": True}),
+    "deepseek_v3-whole-queries": ("deepseek_v3", {"q_lora_rank": None}),
+    "deepseek_v3-yarn": ("deepseek_v3", {"rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 0.7}}),
 }
 CASES = {family: (family, {}) for family in sorted(FAMILIES)} | VARIANTS
-# One of each kind of anatomy and cache is shown in every cut each time; the others in three stages, and in every cut by
-# `make soak`.
+# One of each kind of anatomy and cache is shown whole in every cut each time; the others in three stages, with a few
+# passes in two, and whole in every cut by `make soak`.
 KINDS = (
     "llama-tied",
     "gpt2",
@@ -92,16 +133,24 @@ def prompt(*, padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(("case", "cut"), list(shown()), indirect=["case"])
 async def test_logits_and_tokens_equal_one_process(case: Case, cut: str) -> None:
     folder, quantization, whole = case
-    stages = ring.load(folder, CUTS[cut], quantization=quantization.to_dict(), dtype="bfloat16")
+    options = {"quantization": quantization.to_dict(), "dtype": "bfloat16"}
+    stages = ring.load(folder, CUTS[cut], **options)
     assert len(stages) == len(CUTS[cut]) + 1
+    steps: dict[tuple[bool, int], list[Step]] = {}
     async with ring.serve(stages) as pipeline:
         for padded in (False, True):
             ids, mask = prompt(padded=padded)
             await check_forward(pipeline, whole, ids, mask)
             for chunks in ((LENGTH,), CHUNKS):
-                await check_decoding(pipeline, whole, ids, mask, chunks, DECODED if len(chunks) == 1 else 4)
+                steps[padded, len(chunks)] = decoded_by(whole, ids, mask, chunks, DECODED if len(chunks) == 1 else 4)
+                await check_steps(pipeline, steps[padded, len(chunks)])
             await check_generate(pipeline, whole, ids, mask)
         await pipeline.idle()
+    if cut == "three":
+        # Once more in two, otherwise: what has been computed tells of it, too.
+        async with ring.serve(ring.load(folder, (2,), **options)) as pipeline:
+            await check_steps(pipeline, steps[False, 1][:3])
+            await check_steps(pipeline, steps[True, len(CHUNKS)])
 
 
 STATES_FIRST: dict[str, tuple[str, ...]] = {
@@ -216,19 +265,23 @@ async def check_forward(pipeline: ring.Ring, whole: PreTrainedModel, ids: torch.
     await session.close()
 
 
-async def check_decoding(
-    pipeline: ring.Ring,
-    whole: PreTrainedModel,
-    ids: torch.Tensor,
-    mask: torch.Tensor,
-    chunks: tuple[int, ...],
-    decoded: int,
-) -> None:
-    """Prefill in `chunks`, then greedy steps on the cache: every logit of every step."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A pass with a cache, and the logits that transformers in one process gives."""
+
+    new: torch.Tensor
+    arguments: dict[str, torch.Tensor]
+    logits: torch.Tensor
+
+
+def decoded_by(
+    whole: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, chunks: tuple[int, ...], decoded: int
+) -> list[Step]:
+    """Prefill in `chunks`, then greedy steps on the cache."""
     cache = cache_for(whole)
-    session = pipeline.session()
     positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
     inputs = list(ids.split(chunks, dim=-1))
+    steps: list[Step] = []
     past, logits = 0, torch.empty(0)
     for step in range(len(chunks) + decoded):
         new = inputs[step] if step < len(chunks) else logits[:, -1:].argmax(-1)
@@ -239,9 +292,29 @@ async def check_decoding(
         arguments = {"attention_mask": mask[:, :end], "position_ids": positions[:, past:end]}
         with torch.inference_mode():
             logits = whole(new, past_key_values=cache, use_cache=True, **arguments).logits
-        assert torch.equal(await session(new, **arguments), logits), f"chunks {chunks}, step {step}"
+        steps.append(Step(new=new, arguments=arguments, logits=logits))
         past = end
+    return steps
+
+
+async def check_steps(pipeline: ring.Ring, steps: list[Step]) -> None:
+    """Every logit of every step."""
+    session = pipeline.session()
+    for index, step in enumerate(steps):
+        found = await session(step.new, **step.arguments)
+        assert torch.equal(found, step.logits), f"step {index} of {len(steps)}"
     await session.close()
+
+
+async def check_decoding(
+    pipeline: ring.Ring,
+    whole: PreTrainedModel,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    chunks: tuple[int, ...],
+    decoded: int,
+) -> None:
+    await check_steps(pipeline, decoded_by(whole, ids, mask, chunks, decoded))
 
 
 async def check_generate(pipeline: ring.Ring, whole: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> None:

@@ -26,12 +26,13 @@ _TEXT = """\
 
 Written by `make families`; `tests/test_families_table.py` fails while it is stale.
 
-Each family here has been run, as a tiny model with random weights in NF4 with double quantization, over one, two and
-three uneven stages on a CPU, and every logit was equal to that of transformers in one process: without a cache,
-prefilled alone and in chunks, decoded from the cache, with and without left padding; so were the tokens of greedy and
-sampled `generate` (`tests/test_families.py`). For each, and for each kind of quantization, the bytes that a plan
-predicts are those that its stages measure (`tests/test_layout.py`), and what a node's cache gives back is what was
-loaded (`tests/test_warm_load.py`).
+Each family here has been run, as a tiny model with random weights in NF4 with double quantization, over three uneven
+stages on a CPU, and every logit was equal to that of transformers in one process: without a cache, prefilled alone and
+in chunks, decoded from the cache, with and without left padding; so were the tokens of greedy and sampled `generate`.
+Over two stages, a prefill, a padded prompt in chunks and a few cached steps were. A family of each kind of anatomy and
+cache is run whole over one, two and three stages each time, and all are by `make soak` (`tests/test_families.py`). For
+each, and for each kind of quantization, the bytes that a plan predicts are those that its stages measure
+(`tests/test_layout.py`), and what a node's cache gives back is what was loaded (`tests/test_warm_load.py`).
 
 - **keeps**: what a session holds in each layer. *all*: keys and values of every position. *window*: of the last ones.
   *latent*: one compressed vector a position. *state*: as much for a long text as for a short one; `shardlift plan`
@@ -55,7 +56,8 @@ Of Gemma 3 it makes the whole model, which gives the same logits where there is 
 ## Other families
 
 A `model_type` that isn't listed, and that transformers has a causal model for, is tried out when it is planned, before
-a tensor is fetched (`cluster/selfcheck.py`). It takes a second or so, on the gateway's machine:
+a tensor is fetched (`cluster/selfcheck.py`). It takes from half a second to some fifteen (0.4 to
+16 s were seen), on the gateway's machine:
 
 1. A small model is made of the checkpoint's own config: few, narrow layers of each kind that there is, random weights,
    everything else as it stands.

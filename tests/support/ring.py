@@ -15,7 +15,7 @@ import torch
 from shardlift.cluster.checkpoint import CheckpointRequest
 from shardlift.cluster.devices import parse_devices
 from shardlift.cluster.plan import PlanOptions
-from shardlift.cluster.planning import CanKeep, ModelOptions, plan_model
+from shardlift.cluster.planning import CanKeep, ModelOptions, outline_model
 from shardlift.proto.v1 import inference_pb2, inference_pb2_grpc
 from shardlift.proto.v1.credentials import stage_channel
 from shardlift.proto.v1.tls import TLS
@@ -59,26 +59,21 @@ def specs(
         requantize=requantize,
     )
     request = request or CheckpointRequest(path=str(folder), trust_remote_code=trust_remote_code)
-    layers = len(
-        plan_model(
-            request, token, options, PlanOptions(), parse_devices("1TiB"), can_keep
-        ).outlined.layout.outline.sizes.layers
-    )
+    outlined = outline_model(request, token, options, can_keep)
+    outline = outlined.layout.outline
+    layers = len(outline.sizes.layers)
     by_module: dict[str, str] = {"": "0"}
-    planned = plan_model(request, token, options, PlanOptions(), parse_devices(f"{len(ends)}x1TiB"), can_keep)
-    base = next(name for name, place in planned.outlined.layout.outline.modules if place.part == "layer").rsplit(
-        ".", 1
-    )[0]
+    base = next(name for name, place in outline.modules if place.part == "layer").rsplit(".", 1)[0]
     first = 0
     for index, end in enumerate(ends):
         last = layers if end < 0 else end
         by_module |= {f"{base}.{layer}": str(index) for layer in range(first, last)}
         first = last
-    for name, place in planned.outlined.layout.outline.modules:
+    for name, place in outline.modules:
         if place.part == "after":
             by_module[name] = str(len(ends) - 1)
     spread = PlanOptions(by_module=by_module)
-    planned = plan_model(request, token, options, spread, parse_devices(f"{len(ends)}x1TiB"), can_keep)
+    planned = outlined.spread(spread, parse_devices(f"{len(ends)}x1TiB"))
     return [replace(spec, device=device) for spec in planned.specs("model", "load", SECRET)]
 
 
@@ -209,5 +204,5 @@ async def serve(
         yield ring
     finally:
         await ring.channel.close()
-        for server in servers:
-            await server.stop()
+        # Together: each waits for its neighbour's call to end.
+        await asyncio.gather(*(server.stop() for server in servers))
