@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import shardlift
+from shardlift.client.values import LoadEvent, LoadWarning
 from shardlift.proto.v1 import errors
 from tests.support import checkpoints
 from tests.support.cluster import RunningCluster
@@ -95,7 +96,6 @@ SPOILT = {
     corrupt_header: (errors.CorruptCheckpointError, "header"),
     header_that_lies: (errors.CorruptCheckpointError, ""),
     drop_tensor: (errors.TensorMismatchError, "model.layers.2.mlp.up_proj.weight"),
-    add_tensor: (errors.TensorMismatchError, "model.layers.0.mlp.extra.weight"),
     misshape_tensor: (errors.TensorMismatchError, "model.layers.2.mlp.up_proj.weight"),
     unknown_architecture: (errors.UnsupportedModelError, "warpdrive"),
     unproven_family: (errors.UnsupportedModelError, "mamba"),
@@ -110,6 +110,21 @@ def test_spoilt_checkpoints_are_named_for_what_they_are(spoil, cluster: RunningC
         client.load(str(folder), name="spoilt", num_stages=2, quantization_config={"load_in_4bit": True})
     assert mentioned in str(caught.value)
     assert "\n" not in str(caught.value)
+    cluster.assert_nothing_left()
+
+
+def test_a_tensor_too_many_is_told_of(cluster: RunningCluster, folder: Path) -> None:
+    """As by transformers, which loads the rest."""
+    add_tensor(folder)
+    warnings: list[str] = []
+
+    def note(event: LoadEvent) -> None:
+        if isinstance(event, LoadWarning):
+            warnings.append(event.message)
+
+    with shardlift.connect(cluster.gateway) as client:
+        client.load(str(folder), name="too-many", num_stages=2, on_event=note).unload()
+    assert any("model.layers.0.mlp.extra.weight" in warning for warning in warnings), warnings
     cluster.assert_nothing_left()
 
 
