@@ -17,7 +17,7 @@ ARGUMENTS = (
     "pretrained_model_name_or_path",
     *("config", "quantization_config", "device_map", "max_memory", "num_stages", "dtype", "torch_dtype", "revision"),
     *("subfolder", "variant", "token", "cache_dir", "trust_remote_code", "attn_implementation", "adapter_kwargs"),
-    *("name", "address", "quantize_experts", "requantize", "staging_budget", "connections", "part_cache"),
+    *("name", "address", "quantize_experts", "requantize", "dequantize", "staging_budget", "connections", "part_cache"),
     *("reserve_tokens", "max_sessions", "max_waiting", "idle_timeout_s", "batching", "trace", "progress"),
     *("link_speed", "load_in_4bit", "load_in_8bit", "experts_implementation", "use_safetensors"),
 )

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -68,7 +68,7 @@ class SaveCall:
             generation_config_json=generation,
         )
 
-    async def write(self, request: saving_pb2.SaveWrite) -> AsyncIterator[saving_pb2.SaveResponse]:
+    async def write(self, request: saving_pb2.SaveWrite) -> AsyncGenerator[saving_pb2.SaveResponse, None]:
         """Raises SaveError where the folder can't take the files."""
         if self._plan is None or self._begun is None:
             raise InvalidRequestError("a save has to begin before it is written")
@@ -80,15 +80,16 @@ class SaveCall:
                 data = saving_pb2.SaveData(file=number, data=file.header[start : start + PIECE_BYTES])
                 yield saving_pb2.SaveResponse(data=data)
             if request.to_folder:
-                writing = self._write(file, Path(self._begun.folder), name)
-                async for done in writing:
-                    yield saving_pb2.SaveResponse(progress=saving_pb2.SaveProgress(file=number, bytes=done))
+                # Closed where the client goes, not when the generator is collected: its file is open.
+                async with contextlib.aclosing(self._write(file, Path(self._begun.folder), name)) as writing:
+                    async for done in writing:
+                        yield saving_pb2.SaveResponse(progress=saving_pb2.SaveProgress(file=number, bytes=done))
                 continue
             pieces = self._saver.data(file)
             while frame := await self._in_thread(partial(_next_frame, pieces)):
                 yield saving_pb2.SaveResponse(data=saving_pb2.SaveData(file=number, data=frame))
 
-    async def _write(self, file: SavedFile, folder: Path, name: str) -> AsyncIterator[int]:
+    async def _write(self, file: SavedFile, folder: Path, name: str) -> AsyncGenerator[int, None]:
         """The bytes written so far, again and again."""
         assert self._begun is not None
         path = folder / temporary(self._begun.save_id, name)

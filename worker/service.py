@@ -242,8 +242,9 @@ class _StageService:
                     case "begin":
                         yield saving_pb2.SaveResponse(part=await call.begin(request.begin))
                     case "write":
-                        async for response in call.write(request.write):
-                            yield response
+                        async with contextlib.aclosing(call.write(request.write)) as responses:
+                            async for response in responses:
+                                yield response
                         yield saving_pb2.SaveResponse(written=saving_pb2.SaveFinished())
                     case "commit":
                         await call.commit()

@@ -55,6 +55,9 @@ class HeaderGuard(grpc.aio.ServerInterceptor):
 class Malformed:
     """In the place of a request whose bytes are no message."""
 
+    # Of which model it is: what is told beside an error.
+    name = model = ""
+
     def __init__(self, error: Exception) -> None:
         self.error = InvalidRequestError(f"the request can't be read: {type(error).__name__} in its protobuf message")
 

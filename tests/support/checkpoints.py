@@ -7,6 +7,7 @@ architecture is cheap to build, and the same in every process.
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import os
 import shutil
@@ -636,7 +637,8 @@ def tiny(
         values["layer_types"] = values["layer_types"][:layers]
     if tied is not None:
         values["tie_word_embeddings"] = tied
-    model_config = getattr(transformers, recipe.config_class)(**values)
+    # A config puts its own values into the dicts that it is given.
+    model_config = getattr(transformers, recipe.config_class)(**copy.deepcopy(values))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
