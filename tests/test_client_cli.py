@@ -19,6 +19,7 @@ from google.protobuf.json_format import MessageToDict, MessageToJson
 
 from shardlift.client.cli.main import cli
 from shardlift.proto.v1 import errors, inference_pb2, registry_pb2
+from tests.support import interrupts
 from tests.support.scripted_gateway import ScriptedGateway
 
 PLAN = registry_pb2.Plan(
@@ -604,8 +605,7 @@ def test_a_signal_cancels_a_load(gateway: ScriptedGateway, number: signal.Signal
         stderr=subprocess.PIPE,
         text=True,
         env=dict(os.environ),
-        # A shell has what it starts with & ignore Ctrl-C, and so whatever that starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - nothing else would do
+        preexec_fn=interrupts.heed,  # noqa: PLW1509 - nothing else would do
     )
     with process:
         try:

@@ -23,7 +23,7 @@ from shardlift.client.handle import RemoteModel
 from shardlift.proto.v1 import errors, inference_pb2, inference_pb2_grpc
 from shardlift.proto.v1.status import from_rpc_error
 from shardlift.proto.v1.tensor_pb2 import Tensor
-from tests.support import checkpoints
+from tests.support import checkpoints, interrupts
 from tests.support.cluster import RunningCluster, eventually
 from tests.support.hub import HubServer, RequestInfo, Stall
 
@@ -216,6 +216,7 @@ def test_an_interrupted_load_command_gives_everything_back(cluster: RunningClust
         env=os.environ | {"SHARDLIFT_ADDRESS": cluster.gateway},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=interrupts.heed,  # noqa: PLW1509 - nothing else would do
     )
     assert stalled.wait(60)
     assert cluster.stage_workers()

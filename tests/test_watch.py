@@ -20,7 +20,7 @@ import shardlift
 from shardlift.client.live import picture, plain_lines
 from shardlift.client.views import ClusterView
 from shardlift.proto.v1 import errors, registry_pb2
-from tests.support import checkpoints
+from tests.support import checkpoints, interrupts
 from tests.support.cluster import RunningCluster, eventually
 from tests.support.scripted_gateway import ScriptedGateway
 
@@ -127,6 +127,7 @@ def command(cluster: RunningCluster, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"SHARDLIFT_ADDRESS": cluster.gateway, "PYTHONUNBUFFERED": "1"},
+        preexec_fn=interrupts.heed,  # noqa: PLW1509 - nothing else would do
     )
 
 
