@@ -259,8 +259,9 @@ def test_a_load_tells_its_pace_its_bottleneck_and_its_timeline(cluster: RunningC
     )  # fmt: skip
     lines = done.stderr.splitlines()
     assert any("B/s" in line and "resident in" in line for line in lines)
-    assert any(line.startswith("bottleneck: stage ") for line in lines)
-    assert any("fetched in" in line and "placing and" in line for line in lines)
+    told = done.stdout.splitlines()
+    assert any(line.startswith("bottleneck: stage ") for line in told)
+    assert any("fetched in" in line and "placing and" in line for line in told)
 
     events = json.loads(trace.read_text())["traceEvents"]
     spans = [event for event in events if event["ph"] == "X"]
