@@ -16,7 +16,6 @@ import torch
 
 import shardlift
 from shardlift.client.handle import RemoteModel
-from shardlift.cluster import cards
 from shardlift.proto.v1 import errors
 from tests.support import checkpoints
 from tests.support.cluster import RunningCluster, eventually
@@ -236,8 +235,9 @@ def test_a_model_of_one_stage_outlives_its_worker_and_the_controller(cluster: Ru
             os.kill(pid, signal.SIGKILL)
         # Never that it doesn't exist: asked again until it does.
         assert torch.equal(single.generate(IDS, max_new_tokens=8, do_sample=False), expected)
+        assert any(load.startswith("single:") for load in cluster.cards())
         client.unload("single")
-    assert not any(load.startswith("single:") for load in cards.find())
+    assert not any(load.startswith("single:") for load in cluster.cards())
 
 
 def sessions(cluster: RunningCluster) -> list[tuple[int, int]]:

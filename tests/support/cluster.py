@@ -15,7 +15,10 @@ from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
+from ray.experimental import internal_kv
 from ray.util.placement_group import placement_group_table
+
+from shardlift.cluster import cards
 
 NODES = 3
 # Ray takes 127.0.0.1 for "my address on the network"; these are taken as they are.
@@ -46,6 +49,12 @@ class RunningCluster:
     def placement_groups(self) -> list[str]:
         """Names of the placement groups that exist."""
         return sorted(group["name"] for group in placement_group_table().values() if group["state"] != "REMOVED")
+
+    def cards(self) -> list[str]:
+        """The loads whose cards Ray keeps."""
+        # Where another Cluster of this process has ended, it took along what asks Ray for them.
+        internal_kv._initialize_internal_kv(ray._private.worker.global_worker.gcs_client)
+        return list(cards.find())
 
     def memory_set_aside(self) -> float:
         """Bytes of the nodes' memory that something has reserved."""
