@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from tests.support.hub import HubServer
 
 ROOT = Path(__file__).resolve().parents[1]
-_ON_RAY = re.compile(r"tests\.support\.(cluster|ray_start)|^\s*import ray|instance\.start|RunningCluster", re.MULTILINE)
+_ON_RAY = re.compile(
+    r"tests\.support\.cluster|tests\.support\.ray_start import (?!free_port$)|^\s*import ray|RunningCluster", re.MULTILINE
+)
 CHECKPOINTS = Path(os.environ.get("SHARDLIFT_TEST_CACHE", ROOT / ".cache")) / "checkpoints"
 
 
@@ -39,12 +41,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks every file that runs on Ray."""
-    paths = {item.path for item in items}
-    on_ray = {path for path in paths if _ON_RAY.search(path.read_text(encoding="utf-8"))}
-    on_ray |= {item.path for item in items if "cluster" in getattr(item, "fixturenames", ())}
+    """Marks every file that runs on Ray; of one that marks some of its tests itself, those, and what has a cluster."""
+    texts = {path: path.read_text(encoding="utf-8") for path in {item.path for item in items}}
+    on_ray = {path for path, text in texts.items() if _ON_RAY.search(text) and "mark.ray\n" not in text}
     for item in items:
-        if item.path in on_ray:
+        if item.path in on_ray or "cluster" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
 
 

@@ -505,6 +505,7 @@ def flags(group: dict[str, Any], **ours: str) -> list[str]:
 
 
 @needs_kubectl
+@pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_the_containers_commands_run(hub: HubServer, smollm2_folder: Path, tmp_path: Path) -> None:
     """The head, a stage's node, the gateway's container, and then the job that loads and asks, as in k8s/job."""

@@ -236,6 +236,7 @@ async def test_beyond_loopback_the_browser_asks_for_the_token() -> None:
 
 
 @needs_chromium
+@pytest.mark.ray
 async def test_a_clusters_page_follows_a_model_from_its_load_to_its_end(
     cluster: RunningCluster, tmp_path: Path
 ) -> None:
