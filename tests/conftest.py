@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 _ON_RAY = re.compile(
-    r"tests\.support\.cluster|tests\.support\.ray_start import (?!free_port$)|^\s*import ray|RunningCluster", re.MULTILINE
+    r"tests\.support\.cluster|tests\.support\.ray_start import (?!free_port$)|^\s*import ray|RunningCluster",
+    re.MULTILINE,
 )
 CHECKPOINTS = Path(os.environ.get("SHARDLIFT_TEST_CACHE", ROOT / ".cache")) / "checkpoints"
 
