@@ -48,6 +48,11 @@ class Device:
         return f"{self.node}/{self.name}"
 
 
+def as_seen_by_worker(device: str) -> str:
+    """A device, by its name or kind, as the stage's worker names it: it sees just the GPU that Ray gives it."""
+    return "cuda:0" if device.startswith("cuda") else "cpu"
+
+
 def parse_devices(text: str) -> list[Device]:
     """Devices from "8x80GiB,4x24GiB": groups of a count and a size, each group one imaginary node of GPUs.
 

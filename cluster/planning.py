@@ -15,7 +15,7 @@ from ..worker.remote_code import find_code, import_code
 from ..worker.spec import SessionLimits, StageSpec
 from .checkpoint import Checkpoint, CheckpointRequest, read_checkpoint
 from .config_limits import check_config
-from .devices import Device
+from .devices import Device, as_seen_by_worker
 from .layout import Layout, attention_to_plan_with, lay_out, resolve_dtype
 from .overrides import override
 from .plan import Plan, PlanOptions, make_plan
@@ -123,8 +123,7 @@ class PlannedModel:
                     load_id=load_id,
                     index=index,
                     num_stages=len(self.plan.stages),
-                    # A worker sees just the GPU that Ray gives it.
-                    device="cuda:0" if stage.device.kind == "cuda" else "cpu",
+                    device=as_seen_by_worker(stage.device.kind),
                     cut=stage.cut,
                     source=model.checkpoint.source,
                     records=records,

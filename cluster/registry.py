@@ -36,6 +36,7 @@ from ..worker.spec import LoadReport, StageSpec
 from . import adapters, loads, nodes, requests
 from .adapter_room import kv_tokens_beside
 from .adapters import OutlinedPath
+from .devices import as_seen_by_worker
 from .draining import Registered, drain
 from .events import Events, GatewayNumbers, state_name
 from .gateway_options import GatewayOptions
@@ -775,7 +776,7 @@ class Registry:
         specs = [
             stages[index][1]
             if index in stages
-            else replace(some, index=index, device=_as_seen_by_worker(card.info.plan.stages[index].device))
+            else replace(some, index=index, device=as_seen_by_worker(card.info.plan.stages[index].device))
             for index in numbers
         ]
         reports = [stages[index][2] if index in stages else None for index in numbers]
@@ -792,11 +793,6 @@ def _spec_of(card: registry_pb2.ModelCard) -> StageSpec:
     if not card.spec_json:
         raise ModelUnavailableError("none of its workers is left")
     return StageSpec.from_json(json.loads(card.spec_json))
-
-
-def _as_seen_by_worker(device: str) -> str:
-    """A stage's device, of which its worker sees no other."""
-    return "cuda:0" if device.startswith("cuda") else "cpu"
 
 
 def _recoveries(card: bytes) -> tuple[bool, int]:
