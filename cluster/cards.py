@@ -7,27 +7,22 @@ model. It holds no token, and no secret of the stages.
 
 from __future__ import annotations
 
-from ray.experimental import internal_kv
+from . import ray_kv
 
-_KV_NAMESPACE = b"shardlift"
-_CARD = b"card:"
+_CARD = "card:"
 
 
 def keep(load: str, card: bytes) -> None:
     """load: "model:load_id"."""
-    internal_kv._internal_kv_put(_CARD + load.encode(), card, namespace=_KV_NAMESPACE)
+    ray_kv.put(_CARD + load, card)
 
 
 def forget(load: str) -> None:
     """Twice is as good as once."""
-    internal_kv._internal_kv_del(_CARD + load.encode(), namespace=_KV_NAMESPACE)
+    ray_kv.delete(_CARD + load)
 
 
 def find() -> dict[str, bytes]:
     """Every card, by its load."""
-    found = {}
-    for key in internal_kv._internal_kv_list(_CARD, namespace=_KV_NAMESPACE):
-        card = internal_kv._internal_kv_get(key, namespace=_KV_NAMESPACE)
-        if card is not None:
-            found[bytes(key).removeprefix(_CARD).decode()] = card
-    return found
+    found = {load: ray_kv.get(_CARD + load) for load in ray_kv.names(_CARD)}
+    return {load: card for load, card in found.items() if card is not None}

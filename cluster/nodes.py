@@ -13,12 +13,11 @@ from typing import Any
 
 import ray
 from ray._private.state import state as ray_state
-from ray.experimental import internal_kv
 
 from ..proto.v1.errors import InvalidRequestError
+from . import ray_kv
 
-_KV_NAMESPACE = b"shardlift"
-_DRAINED = b"drained:"
+_DRAINED = "drained:"
 _SHORTEST_ID = 6
 
 
@@ -88,11 +87,10 @@ def find(text: str, among: Sequence[Node]) -> Node:
 
 def mark(node_id: str, *, drained: bool) -> None:
     """Keeps a node out of plans, or lets them use it again."""
-    key = _DRAINED + node_id.encode()
     if drained:
-        internal_kv._internal_kv_put(key, b"1", namespace=_KV_NAMESPACE)
+        ray_kv.put(_DRAINED + node_id, b"1")
     else:
-        internal_kv._internal_kv_del(key, namespace=_KV_NAMESPACE)
+        ray_kv.delete(_DRAINED + node_id)
 
 
 def drained_ids() -> set[str]:
@@ -106,5 +104,4 @@ def ending_ids() -> set[str]:
 
 
 def _marked() -> set[str]:
-    keys = internal_kv._internal_kv_list(_DRAINED, namespace=_KV_NAMESPACE)
-    return {key.removeprefix(_DRAINED).decode() for key in keys}
+    return set(ray_kv.names(_DRAINED))
