@@ -23,6 +23,7 @@ from shardlift.proto.v1.errors import (
     ModelUnavailableError,
     SaveError,
 )
+from shardlift.worker.save_call import SaveCall
 from tests.support import checkpoints
 from tests.support.ring_gateway import NAME, Served, serving
 
@@ -339,6 +340,19 @@ def test_an_unload_ends_a_save(tmp_path: Path) -> None:
         wait_until(lambda: not temporary_files(tmp_path))
         assert not failures or isinstance(failures[0], ModelUnavailableError)
         assert (tmp_path / "out").exists() is not bool(failures)
+
+
+def test_an_unload_between_two_words_of_a_save(served: Served) -> None:
+    """Found where the stages of one model end one after the other: the client had been told of its own mistake."""
+    call = SaveCall(served.ring.servers[0].pipeline)
+
+    async def begin_and_write() -> None:
+        await call.begin(saving_pb2.SaveBegin(save_id="ab" * 16, max_shard_bytes=1 << 30))
+        await call.close()
+        with pytest.raises(ModelUnavailableError, match="is being unloaded"):
+            await anext(call.write(saving_pb2.SaveWrite(names=["model.safetensors"])))
+
+    served.call(begin_and_write)
 
 
 def test_sessions_go_on_while_it_is_saved(served: Served, tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ class SaveCall:
 
     async def write(self, request: saving_pb2.SaveWrite) -> AsyncGenerator[saving_pb2.SaveResponse, None]:
         """Raises SaveError where the folder can't take the files."""
+        self._check_open()
         if self._plan is None or self._begun is None:
             raise InvalidRequestError("a save has to begin before it is written")
         files, names = self._plan.files, list(request.names)
@@ -130,9 +131,12 @@ class SaveCall:
                 path.unlink()
         self._plan = None
 
-    async def _in_thread(self, function: Callable[[], T]) -> T:
+    def _check_open(self) -> None:
         if self._closed:
             raise ModelUnavailableError("the model is being unloaded")
+
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        self._check_open()
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
 
