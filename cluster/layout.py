@@ -13,8 +13,9 @@ from typing import Any
 
 from ..proto.v1.errors import InvalidRequestError, TensorMismatchError
 from ..worker.anatomy import TEXT_PARTS, Anatomy, Cut, place_of
+from ..worker.compressed_config import ROUNDING
 from ..worker.experts import by_expert
-from ..worker.packed import Packing, StoredTensor, stored_tensors
+from ..worker.packed import COMPRESSED, Packing, StoredTensor, stored_tensors
 from ..worker.quantization import describe_quantization
 from ..worker.records import DTYPES, TensorRecord
 from ..worker.remote_code import ModelCode
@@ -138,6 +139,7 @@ def lay_out(
             anatomy=anatomy,
             code=code,
             keep_packing=keep_packing,
+            rounding=None if packing is None else packing.rounding,
         )
         return skeleton, KeyMap(skeleton)
 
@@ -154,6 +156,9 @@ def lay_out(
         skeleton, key_map = build(experts=False)
     infos = list(skeleton.parameters())
     targets, unexpected = _match(skeleton, key_map, infos, stored)
+    if packing is not None and packing.method == COMPRESSED:
+        # Scales by which activations are not rounded: experts', or all of them.
+        unexpected = {key for key in unexpected if key.rpartition(".")[2] not in ROUNDING}
     fetch: dict[str, int] = {}
     for key, target in targets.items():
         fetch[target] = fetch.get(target, 0) + stored[key].size_bytes

@@ -170,7 +170,7 @@ def outline_model(
     dtype = resolve_dtype(options.dtype, config, checkpoint.records)
     attention = attention_to_plan_with(options.attn_implementation)
     unlisted = unlisted_anatomy(config, dtype=dtype, attn_implementation=attention, code=code)
-    quantized = settle(config, options.quantization, requantize=options.requantize)
+    quantized = settle(config, options.quantization, requantize=options.requantize, dequantize=options.dequantize)
     if options.dequantize and quantized.packing is None:
         raise InvalidRequestError(
             "dequantize=True unpacks GPTQ, AWQ, FP8, MXFP4 and compressed-tensors, but the checkpoint is none of them: "

@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..proto.v1.errors import InvalidRequestError, UnsupportedModelError
-from ..worker.packed import BITSANDBYTES, COMPRESSED, Packing, has_plain_weights, packing_of, quantization_method
+from ..worker.compressed_config import rounds_activations
+from ..worker.packed import (
+    BITSANDBYTES,
+    Packing,
+    has_plain_weights,
+    packing_of,
+    quantization_method,
+)
 
 # transformers' own words (AutoHfQuantizer.merge_quantization_configs).
 CHECKPOINT_WINS = (
@@ -15,6 +22,7 @@ CHECKPOINT_WINS = (
     " already has a `quantization_config` attribute. The `quantization_config` from the model will be used."
 )
 _HOW = "quantization_config=BitsAndBytesConfig(load_in_4bit=True, …) and requantize=True (--load-in-4bit --requantize)"
+_ACTIVATIONS = "the rounding of activations"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,12 +38,19 @@ class Quantized:
     notes: tuple[str, ...] = ()
 
 
-def settle(config: Mapping[str, Any], quantization: Mapping[str, Any] | None, *, requantize: bool = False) -> Quantized:
+def settle(
+    config: Mapping[str, Any],
+    quantization: Mapping[str, Any] | None,
+    *,
+    requantize: bool = False,
+    dequantize: bool = False,
+) -> Quantized:
     """Weighs a checkpoint's own quantization against `quantization`, which the caller asked for.
 
     bitsandbytes' own wins over the caller's, as in transformers. Any other is undone: the weights are then held as the
-    model's dtype, or, with `requantize`, as the caller asked. Raises UnsupportedModelError for a quantization that
-    can't be read, and InvalidRequestError where the caller's contradicts the checkpoint's.
+    model's dtype, or, with `requantize`, as the caller asked. Activations are rounded as compressed-tensors says, but
+    with neither `dequantize` nor `requantize`. Raises UnsupportedModelError for a quantization that can't be read, and
+    InvalidRequestError where the caller's contradicts the checkpoint's.
     """
     method = quantization_method(config)
     asked = _method(quantization)
@@ -73,7 +88,9 @@ def settle(config: Mapping[str, Any], quantization: Mapping[str, Any] | None, *,
                 "requantize=True (--requantize) beside quantization_config, or leave quantization_config out to hold "
                 "it unpacked"
             )
-        return Quantized(config=plain, quantization=quantization, packing=packing, notes=_about_activations(packing))
+        packing = replace(packing, dequantize=True)
+        notes = (f"{_ACTIVATIONS} is left out where weights are quantized anew",) * rounds_activations(packing.config)
+        return Quantized(config=plain, quantization=quantization, packing=packing, notes=notes)
     if requantize:
         raise InvalidRequestError(f"requantize=True needs to know to what: pass {_HOW}")
     if quantization and asked != method:
@@ -81,24 +98,22 @@ def settle(config: Mapping[str, Any], quantization: Mapping[str, Any] | None, *,
             f"the checkpoint is quantized with {method}, but quantization_config says {asked}: leave it out, or pass "
             f"{_HOW}"
         )
+    if dequantize or (quantization or {}).get("dequantize") or _said(config).get("dequantize"):
+        packing = replace(packing, dequantize=True)
     note = (
         f"the checkpoint is quantized with {method}: its weights are unpacked, and held unquantized. To hold them in 4 "
     )
-    notes = (f"{note}bits, pass {_HOW}", *_about_activations(packing))
-    return Quantized(config=plain, quantization=None, packing=packing, notes=notes)
+    return Quantized(
+        config=plain, quantization=None, packing=packing, notes=(f"{note}bits, pass {_HOW}", *_on_activations(packing))
+    )
 
 
-def _about_activations(packing: Packing) -> tuple[str, ...]:
-    """What unpacking leaves out of the model that the checkpoint describes."""
-    groups = packing.config.get("config_groups") if packing.method == COMPRESSED else None
-    for group in groups.values() if isinstance(groups, Mapping) else ():
-        if isinstance(group, Mapping) and (group.get("input_activations") or group.get("output_activations")):
-            return (
-                "its activations are not rounded, as they aren't in transformers with "
-                "CompressedTensorsConfig(dequantize=True); by default transformers rounds them as the checkpoint says, "
-                "and gives other logits",
-            )
-    return ()
+def _on_activations(packing: Packing) -> tuple[str, ...]:
+    if not rounds_activations(packing.config):
+        return ()
+    if packing.dequantize:
+        return (f"{_ACTIVATIONS} is left out with dequantize=True, as in transformers",)
+    return (f"{_ACTIVATIONS} is done as the checkpoint says; dequantize=True (--dequantize) leaves it out",)
 
 
 def own_form(
@@ -115,7 +130,7 @@ def own_form(
         return None
     if quantization and (_method(quantization) != method or quantization.get("dequantize")):
         return None
-    said = config.get("quantization_config") or config["text_config"]["quantization_config"]
+    said = _said(config)
     if said.get("dequantize"):
         return None
     optimized = (quantization or {}).get("use_optimized_inference")
@@ -135,6 +150,11 @@ def kept(settled: Quantized, config: Mapping[str, Any]) -> Quantized:
 def unpacked(settled: Quantized, why_not_kept: str) -> Quantized:
     """`settled`, with why its weights don't stay packed."""
     return replace(settled, notes=(*settled.notes, f"its weights don't stay packed: {why_not_kept}"))
+
+
+def _said(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = config.get("quantization_config") or config["text_config"]["quantization_config"]
+    return found
 
 
 def _method(quantization: Mapping[str, Any] | None) -> str:

@@ -21,7 +21,7 @@ from shardlift.cluster.devices import parse_devices
 from shardlift.cluster.own_forms import ask_here, verdict
 from shardlift.cluster.plan import PlanOptions
 from shardlift.cluster.planning import CanKeep, ModelOptions, PlannedModel, plan_model
-from shardlift.cluster.quantized import own_form, settle
+from shardlift.cluster.quantized import own_form
 from shardlift.proto.v1.errors import InvalidRequestError, UnsupportedModelError
 from shardlift.worker import own_form as worker_side
 from shardlift.worker.own_form import Answer, Question
@@ -335,15 +335,6 @@ def test_of_compressed_tensors_only_fp8_has_kernels() -> None:
     assert "FP8 alone" in worker_side.why_not_anywhere({"quantization_config": config})
     config["config_groups"] = packing.compressed_config("float-quantized")["config_groups"]
     assert worker_side.why_not_anywhere({"quantization_config": config}) == ""
-
-
-def test_activations_that_unpacking_leaves_out_are_told_of() -> None:
-    config = packing.compressed_config("float-quantized")
-    settled = settle({"quantization_config": config}, None)
-    assert not any("activations" in note for note in settled.notes)
-    config["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "type": "float", "dynamic": True}
-    settled = settle({"quantization_config": config}, None)
-    assert "activations are not rounded" in settled.notes[-1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")

@@ -212,6 +212,7 @@ def _build(spec: StageSpec, token: HubToken, progress: LoadProgress) -> Skeleton
             anatomy=spec.anatomy,
             code=code,
             keep_packing=spec.keep_packing,
+            rounding=None if spec.packing is None else spec.packing.rounding,
         )
         cut_skeleton(skeleton, spec.cut)
     return skeleton

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..proto.v1.errors import CorruptCheckpointError, TensorMismatchError, UnsupportedModelError
+from .compressed_config import bits_of, check_status, rounds_activations
 from .records import TensorRecord
 
 AWQ, COMPRESSED, FP8, GPTQ, MXFP4 = "awq", "compressed-tensors", "fp8", "gptq", "mxfp4"
@@ -54,7 +55,8 @@ class Packing:
     method: one of AWQ, COMPRESSED, FP8, GPTQ, MXFP4. zero_offset: GPTQ's, added to each stored zero point. group_size:
     inputs that share a scale, where no `g_idx` says it; 0 where the shapes do. has_order: every weight needs a `g_idx`.
     block: rows and columns that share an FP8 scale; None where the shapes say it. config: compressed-tensors' own,
-    whose package reads it.
+    whose package reads it. dequantize: of it, too, that weights alone count, as in transformers with
+    `CompressedTensorsConfig(dequantize=True)`; else what its first pass makes of them, and activations are rounded.
     """
 
     method: str
@@ -63,6 +65,12 @@ class Packing:
     has_order: bool = False
     block: tuple[int, int] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    dequantize: bool = False
+
+    @property
+    def rounding(self) -> Mapping[str, Any] | None:
+        """The config that says how activations, or cached keys and values, are rounded; None where none are."""
+        return self.config if not self.dequantize and rounds_activations(self.config) else None
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Packing:
@@ -139,6 +147,7 @@ def packing_of(config: Mapping[str, Any]) -> Packing | None:
     if method == MXFP4:
         return Packing(method=MXFP4)
     if method == COMPRESSED:
+        check_status(said)
         return Packing(method=COMPRESSED, config=dict(said))
     raise _unsupported(method, _PACKAGES.get(method, ""))
 
@@ -327,26 +336,10 @@ def _compressed_weight(key: str, records: Mapping[str, TensorRecord], packing: P
         packed = _part(records, f"{stem}{dot}weight_packed", key)
         if len(packed.shape) != 2:
             raise _misfit(stem, packed)
-        bits = _compressed_bits(packing.config)
+        bits = bits_of(stem, packing.config)
         per_item = (_WORD if packed.dtype == "I32" else 8) // bits
         shape = (packed.shape[0], packed.shape[1] * per_item)
     return StoredTensor(key=f"{stem}{dot}weight", shape=shape, parts=parts)
-
-
-def _compressed_bits(config: Mapping[str, Any]) -> int:
-    groups = config.get("config_groups")
-    bits = {
-        str(group["weights"].get("num_bits"))
-        for group in (groups.values() if isinstance(groups, Mapping) else ())
-        if isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping)
-    }
-    if len(bits) != 1 or not (bits <= {"4", "8"}):
-        found = ", ".join(sorted(bits)) or "none"
-        raise UnsupportedModelError(
-            f"the checkpoint packs weights with compressed-tensors in {found} bits: it can be loaded where all its "
-            "packed weights have 4, or 8"
-        )
-    return int(next(iter(bits)))
 
 
 _GROUPS = {
@@ -358,7 +351,7 @@ _GROUPS = {
 }
 _FOR_KERNELS: Mapping[str, tuple[str, ...]] = {
     AWQ: (),
-    COMPRESSED: ("input_scale", "input_zero_point", "input_global_scale"),
+    COMPRESSED: (),  # what rounds activations may be wanted: compressed_config.ROUNDING
     FP8: ("activation_scale", "input_scale"),
     GPTQ: (),
     MXFP4: (),

@@ -24,6 +24,7 @@ from .headers import LENGTH_BYTES
 from .packed import BITSANDBYTES, quantization_method
 from .pristine import HeldTensor, Snapshot
 from .records import DTYPES
+from .rounding import rounds
 from .skeleton import SavedGroup, saved_groups
 from .stage import ResidentStage
 from .tensors import dtype_name
@@ -130,6 +131,11 @@ class StageSaver:
             raise UnsupportedModelError(
                 f"the model's weights are packed with {method}, and their kernels may have packed them otherwise than "
                 "its checkpoint by now: copy that, or load it with dequantize=True (--dequantize)"
+            )
+        if rounds(self._stage.model):
+            raise UnsupportedModelError(
+                "the model rounds activations as its compressed-tensors checkpoint says, and beside unpacked weights "
+                "that can't be said: copy the checkpoint, or load it with dequantize=True (--dequantize)"
             )
         tensors = self._saved(keep_quantized_experts)
         files: list[list[SavedTensor]] = []

@@ -54,6 +54,7 @@ from .code_spec import needs_code
 from .experts import PROJECTIONS, Experts4bit, by_expert, is_separable
 from .merge import MergedParameter, first_rows
 from .remote_code import ModelCode
+from .rounding import round_activations
 from .serialized import check_statistics, restore
 from .tensors import dtype_by_name, dtype_name
 from .timeline import QUANTIZE, Timeline
@@ -350,6 +351,7 @@ def build_skeleton(
     anatomy: Anatomy | None = None,
     code: ModelCode | None = None,
     keep_packing: bool = False,
+    rounding: Mapping[str, Any] | None = None,
 ) -> Skeleton:
     """The whole model on the meta device, quantizable modules replaced. `config` is not kept.
 
@@ -358,7 +360,8 @@ def build_skeleton(
     so. `quantize_experts`: to 4 bits those too that transformers merges into parameters of three dimensions; or, of a
     checkpoint that bitsandbytes has quantized, its experts lie there one by one. `anatomy`: of a family that isn't
     listed. `code`: the checkpoint's own. `keep_packing`: as for `Skeleton`; `config` says how weights are packed.
-    Raises UnsupportedModelError and InvalidRequestError.
+    `rounding`: compressed-tensors' config, by which activations are rounded though weights come unpacked. Raises
+    UnsupportedModelError and InvalidRequestError.
     """
     experts_implementation = getattr(config, "_experts_implementation", None)
     config = type(config).from_dict(config.to_dict())
@@ -386,6 +389,8 @@ def build_skeleton(
                 quantizer.preprocess_model(
                     model=model, dtype=dtype, device_map=device_map, checkpoint_files=None, use_kernels=False
                 )
+            if rounding is not None:
+                round_activations(model, rounding)
     except ShardliftError:
         raise
     except Exception as error:

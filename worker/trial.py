@@ -13,6 +13,7 @@ import torch
 
 from ..proto.v1.errors import one_line
 from .kv import StageCache
+from .rounding import mixing
 from .stage import ResidentStage, StepInput
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,10 @@ def try_batches(stage: ResidentStage) -> None:
         return
     is_equal = True
     try:
-        _, alone_caches = _sessions(stage)
+        with mixing(stage.model) as mixed:
+            _, alone_caches = _sessions(stage)
+        if mixed:
+            raise ArithmeticError(f"{mixed[0]} rounds a token by what others come with it")
         _, caches = _sessions(stage)
         for step in range(_STEPS):
             inputs = [_input(stage, length + step, seed=step) for length in _LENGTHS]

@@ -39,7 +39,7 @@ def unpack(key: str, parts: Parts, shape: tuple[int, ...], packing: Packing, dty
     Raises CorruptCheckpointError for parts that no weight could have been packed to.
     """
     if packing.method == COMPRESSED:
-        return decompress(key, parts, shape, packing.config, dtype)
+        return decompress(key, parts, shape, packing, dtype)
     some = next(iter(parts.values()))
     weight = torch.empty(shape, dtype=dtype, device=some.device)
     if weight.numel():
