@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
 from shardlift.cluster.quantized import settle
@@ -16,7 +17,7 @@ from shardlift.proto.v1.errors import TensorMismatchError, UnsupportedModelError
 from shardlift.worker import compressed_config
 from shardlift.worker.rounding import rounds
 from shardlift.worker.saving import StageSaver
-from tests.support import packing, ring
+from tests.support import adapters, packing, ring
 from tests.support.checkpoints import tiny
 from tests.support.compressing import CACHE, FP8, INT8, SCHEMES, compress
 from tests.support.quantization import nf4
@@ -138,6 +139,25 @@ async def test_a_token_that_others_change_is_not_batched(plain: Callable[[str], 
     for folder, expected in ((by_itself, [True, True]), (by_all, [False, False]), (flat, [True, False])):
         async with ring.serve(ring.load(folder, (1,))) as pipeline:
             assert [server.pipeline.stage.can_batch for server in pipeline.servers] == expected
+
+
+def test_an_adapter_beside_layers_that_round(plain: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = compress(plain("llama"), tmp_path / "packed", EACH_TOKEN)
+    config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"])
+    path = adapters.make(plain("llama"), tmp_path / "adapter", config)
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.arange(1, 13)[None]
+    with torch.no_grad():
+        before = whole(ids).logits
+    with adapters.quiet():
+        adapted = PeftModel.from_pretrained(whole, str(path), adapter_name="x").eval()
+    stages = ring.load(folder, (1, 2))
+    found = adapters.outlined(plain("llama"), path, "x", dtype="bfloat16")
+    adapters.attach(stages, found.spec)
+    expected = adapters.logits(adapted, ids, ["x"])
+    assert torch.equal(adapters.through(stages, ids, ["x"]), expected)
+    assert torch.equal(adapters.through(stages, ids, ()), before)
+    assert not torch.equal(before, expected)
 
 
 def test_a_scale_that_is_missing(plain: Callable[[str], Path], tmp_path: Path) -> None:
