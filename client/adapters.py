@@ -57,6 +57,7 @@ def load_request(
     token: str | bool | None = None,
     subfolder: str = "",
     cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
     adapter_kwargs: Mapping[str, Any] | None = None,
     others: Mapping[str, Any] | None = None,
 ) -> registry_pb2.LoadAdapterRequest:
@@ -75,5 +76,6 @@ def load_request(
             subfolder=elsewhere.subfolder or subfolder,
             token=hub_token(token if own is None else own, address),
             cache_dir=elsewhere.cache_dir or cache_dir,
+            local_files_only=local_files_only,
         ),
     )

@@ -110,6 +110,7 @@ class AsyncRemoteModel(DescribedModel):
         token: str | bool | None = None,
         subfolder: str = "",
         cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
         adapter_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -129,6 +130,7 @@ class AsyncRemoteModel(DescribedModel):
             token=token,
             subfolder=subfolder,
             cache_dir=cache_dir,
+            local_files_only=local_files_only,
             adapter_kwargs=adapter_kwargs,
             others=kwargs,
         )

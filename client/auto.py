@@ -49,6 +49,7 @@ class AutoModelForCausalLM:
         adapter_kwargs: Mapping[str, Any] | None = None,
         name: str | None = None,
         address: str | None = None,
+        local_files_only: bool = False,
         experts_implementation: str | None = None,
         quantize_experts: bool | None = None,
         requantize: bool = False,
@@ -78,6 +79,7 @@ class AutoModelForCausalLM:
             experts_implementation: how a mixture's experts are computed: "eager", "grouped_mm" (transformers' choice
                 wherever torch can), "batched_mm". Experts in 4 bits are always computed one by one, as "eager" does.
             token: Hub token. By default this environment's, for a gateway on this machine alone; False for none.
+            local_files_only: ask no Hub: of a repository, what the Hub's cache on each node holds.
             quantize_experts: whether a mixture's experts, too, are quantized to 4 bits: each tensor by itself, where
                 transformers leaves them, merged, in 16 bits. By default with load_in_4bit, as far as the family and the
                 checkpoint allow it; True insists on it, False has transformers' own outcome.
@@ -129,6 +131,7 @@ class AutoModelForCausalLM:
             "variant": variant,
             "cache_dir": cache_dir,
             "trust_remote_code": trust_remote_code,
+            "local_files_only": local_files_only,
             "attn_implementation": attn_implementation,
             "experts_implementation": experts_implementation,
             "adapter_kwargs": adapter_kwargs,

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..proto.v1 import registry_pb2
-from ..proto.v1.errors import InternalError, InvalidRequestError
+from ..proto.v1.errors import InternalError
 from . import options
 from .hub_token import hub_token
 from .trace_file import TraceFile
 from .values import LoadEvent, ModelInfo, load_event
 
-_SOURCE = ("revision", "subfolder", "variant", "cache_dir", "trust_remote_code")
+_SOURCE = ("revision", "subfolder", "variant", "cache_dir", "trust_remote_code", "local_files_only")
 
 
 def describe(
@@ -24,21 +24,10 @@ def describe(
     arguments: Mapping[str, Any],
 ) -> None:
     """Puts source and options into `request`, from the arguments of `from_pretrained`."""
-    arguments = dict(arguments)
-    if arguments.pop("local_files_only", None) and not _is_local(os.fspath(path)):
-        raise InvalidRequestError(
-            f"local_files_only=True can't be asked of a gateway for {os.fspath(path)}: start Ray's nodes and the "
-            "gateway with HF_HUB_OFFLINE=1, which read the Hub's cache alone then, or pass a local folder"
-        )
     where = {name: value for name, value in arguments.items() if name in _SOURCE}
     how = {name: value for name, value in arguments.items() if name not in _SOURCE}
     request.options.CopyFrom(options.load_options(**how))
     request.source.CopyFrom(options.source(path, token=hub_token(token, address), **where))
-
-
-def _is_local(path: str) -> bool:
-    """Whether it can only be a folder, here or where the gateway runs."""
-    return os.path.isdir(path) or path.startswith(("/", ".", "~", "file://"))
 
 
 class LoadReport:

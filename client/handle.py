@@ -166,6 +166,7 @@ class RemoteModel(DescribedModel):
         token: str | bool | None = None,
         subfolder: str = "",
         cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
         adapter_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -185,6 +186,7 @@ class RemoteModel(DescribedModel):
             token=token,
             subfolder=subfolder,
             cache_dir=cache_dir,
+            local_files_only=local_files_only,
             adapter_kwargs=adapter_kwargs,
             others=kwargs,
         )

@@ -32,6 +32,7 @@ def source(
     token: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     trust_remote_code: bool | None = False,
+    local_files_only: bool | None = False,
 ) -> registry_pb2.ModelSource:
     """Where the checkpoint is. A local folder becomes absolute; `token` is the Hub token to send, if any."""
     text = os.fspath(path)
@@ -46,6 +47,7 @@ def source(
         hub_endpoint=os.environ.get("HF_ENDPOINT", ""),
         cache_dir=os.path.abspath(os.fspath(cache_dir)) if cache_dir else "",
         trust_remote_code=bool(trust_remote_code),
+        local_files_only=bool(local_files_only),
     )
 
 

@@ -33,7 +33,10 @@ _CONNECTIONS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRequest:
-    """Where a checkpoint is, and whether its code may run. No token: it goes beside."""
+    """Where a checkpoint is, and whether its code may run. No token: it goes beside.
+
+    local_files_only: of a repository, what the Hub's cache on each machine holds, and no word with the Hub.
+    """
 
     path: str
     revision: str = "main"
@@ -42,6 +45,7 @@ class CheckpointRequest:
     hub_endpoint: str = ""
     cache_dir: str = ""
     trust_remote_code: bool = False
+    local_files_only: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +67,10 @@ def resolve_source(request: CheckpointRequest, token: HubToken) -> SourceSpec:
     if is_url(path):
         url = parse_url(path)
         if not url.is_file:
+            if request.local_files_only:
+                raise InvalidRequestError(
+                    f"local_files_only=True, but {url.text} is read over the network: leave it out, or name a folder"
+                )
             return SourceSpec(kind="url", location=url.text, subfolder=_subfolder(request))
         path = url.folder
     folder = Path(path).expanduser()
@@ -80,6 +88,7 @@ def resolve_source(request: CheckpointRequest, token: HubToken) -> SourceSpec:
         endpoint=request.hub_endpoint or None,
         token=token,
         cache_dir=request.cache_dir,
+        local_files_only=request.local_files_only,
     )
     return SourceSpec(
         kind="hub",
@@ -89,6 +98,7 @@ def resolve_source(request: CheckpointRequest, token: HubToken) -> SourceSpec:
         subfolder=request.subfolder,
         cache_dir=request.cache_dir,
         is_cached_only=resolved.is_cached,
+        local_files_only=request.local_files_only,
     )
 
 

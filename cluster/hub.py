@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from ..proto.v1.errors import CheckpointNotFoundError, GatedCheckpointError, SourceError, one_line
 from ..worker.records import HubToken
 from ..worker.sources.answers import is_transient, origin, redact, retry_after_s
-from ..worker.sources.hub import TRANSIENT
+from ..worker.sources.hub import TRANSIENT, why_no_hub
 from ..worker.sources.hub_cache import cache_folder, cached_commit
 from ..worker.sources.patience import Failure, Patience, Sleep, cause_of
 
@@ -44,18 +44,21 @@ def resolve_commit(
     endpoint: str | None,
     token: HubToken,
     cache_dir: str = "",
+    local_files_only: bool = False,
     sleep: Sleep | None = None,
 ) -> ResolvedCommit:
-    """The commit that `revision` means now; or, with the Hub out of reach or HF_HUB_OFFLINE set, as last cached.
+    """The commit that `revision` means now; or as last cached: with the Hub out of reach, or not to be asked
+    (`local_files_only`, HF_HUB_OFFLINE).
 
     Raises CheckpointNotFoundError, GatedCheckpointError and SourceError.
     """
     cached = cached_commit(repo_id, revision, cache_dir)
-    if constants.HF_HUB_OFFLINE:
+    if local_files_only or constants.HF_HUB_OFFLINE:
         if not cached:
+            why, remedy = why_no_hub(local_files_only)
             raise SourceError(
-                f"HF_HUB_OFFLINE is set, and {repo_id} at {revision!r} is not in the Hub's cache "
-                f"({cache_folder(cache_dir)}): unset it, or pass a local folder"
+                f"{why}, and {repo_id} at {revision!r} is not in the Hub's cache ({cache_folder(cache_dir)}): "
+                f"{remedy}, or pass a local folder"
             )
         return ResolvedCommit(commit=cached, is_cached=True)
     attempts = _ATTEMPTS_WITH_CACHE if cached else _ATTEMPTS

@@ -42,6 +42,7 @@ def checkpoint_request(source: registry_pb2.ModelSource) -> CheckpointRequest:
         hub_endpoint=source.hub_endpoint.rstrip("/"),
         cache_dir=source.cache_dir,
         trust_remote_code=source.trust_remote_code,
+        local_files_only=source.local_files_only,
     )
 
 

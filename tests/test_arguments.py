@@ -17,7 +17,7 @@ import shardlift
 from shardlift.client import arguments, options
 from shardlift.client.config_files import generation_config_of
 from shardlift.client.describe import describe
-from shardlift.cluster.checkpoint import CheckpointRequest
+from shardlift.cluster.checkpoint import CheckpointRequest, resolve_source
 from shardlift.cluster.devices import Device, parse_devices
 from shardlift.cluster.planning import plan_model
 from shardlift.cluster.requests import checkpoint_request, model_options, plan_options
@@ -83,7 +83,7 @@ def test_what_the_documents_say_is_so() -> None:
     taken = {name for name, what in told.items() if what.startswith("taken")}
     ours = {*inspect.signature(shardlift.AutoModelForCausalLM.from_pretrained).parameters}
     assert taken - ours == {
-        *("torch_dtype", "generation_config", "output_loading_info", "local_files_only", "use_safetensors"),
+        *("torch_dtype", "generation_config", "output_loading_info", "use_safetensors"),
     }
 
 
@@ -241,10 +241,11 @@ def test_pickled_weights_are_refused_with_the_way_to_convert(folder: Path, tmp_p
         logits(tmp_path)
 
 
-def test_only_local_files_of_a_repository_are_a_matter_of_the_nodes() -> None:
-    with pytest.raises(InvalidRequestError, match="HF_HUB_OFFLINE=1"):
-        described(Path("org/name"), local_files_only=True)
+def test_only_local_files() -> None:
+    assert described(Path("org/name"), local_files_only=True).source.local_files_only
     assert described(Path("org/name"), local_files_only=False) == described(Path("org/name"))
+    with pytest.raises(InvalidRequestError, match="local_files_only=True, but s3://bucket/model is read over"):
+        resolve_source(CheckpointRequest(path="s3://bucket/model", local_files_only=True), None)
 
 
 @pytest.mark.parametrize(

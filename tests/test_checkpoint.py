@@ -29,6 +29,7 @@ from shardlift.proto.v1.errors import (
 )
 from shardlift.worker.anatomy import Cut
 from shardlift.worker.records import DTYPES
+from shardlift.worker.sources import open_source
 from shardlift.worker.spec import StageSpec
 from tests.support.hub import Fault, HubServer, Reset, Status
 
@@ -443,6 +444,23 @@ def test_without_the_hub_its_cache_is_read(
     kind, text = refusal(lambda: read_checkpoint(replace(request, revision="v9"), False))
     assert issubclass(kind, SourceError)
     assert "HF_HUB_OFFLINE" in text or "4 times" in text
+
+
+def test_only_local_files_are_read_if_so_asked(hub: HubServer, cached: CheckpointRequest, tmp_path: Path) -> None:
+    local = replace(cached, local_files_only=True)
+    checkpoint = read_checkpoint(local, False)
+    check(checkpoint, tmp_path / "folder")
+    assert checkpoint.source.local_files_only
+    kind, text = refusal(lambda: read_checkpoint(replace(local, path="org/other"), False))
+    assert issubclass(kind, SourceError)
+    assert "local_files_only=True" in text
+    assert "leave it out" in text
+    # A worker's machine may lack what the planner's has.
+    elsewhere = open_source(replace(checkpoint.source, cache_dir=str(tmp_path / "empty")), None)
+    file, version = next(iter(checkpoint.versions.items()))
+    with pytest.raises(SourceError, match=rf"{file} is not whole in this machine's cache of .*local_files_only"):
+        elsewhere.read_into(file, 0, memoryview(bytearray(8)), version)
+    assert hub.requests == []
 
 
 def test_a_refusal_is_not_replaced_by_the_cache(hub: HubServer, cached: CheckpointRequest) -> None:

@@ -62,6 +62,7 @@ def test_from_pretrained_has_the_contract_signature() -> None:
     assert {name: parameters[name].default for name in names[1 : 1 + len(CONTRACT)]} == CONTRACT
     assert names[1 : 1 + len(CONTRACT)] == list(CONTRACT)
     assert names[1 + len(CONTRACT) :] == [
+        "local_files_only",
         "experts_implementation",
         "quantize_experts",
         "requantize",

@@ -74,7 +74,8 @@ class SourceSpec:
     credentials or a slash at its end; how to get in is each process's own environment. kind "hub": `location` is
     "org/name", `commit` the resolved commit, `endpoint` the Hub's address ("" for huggingface_hub's default),
     `cache_dir` the Hub's cache on each node ("" for huggingface_hub's default), `is_cached_only` that the Hub couldn't
-    be asked when the plan was made: a file that isn't in the planner's cache doesn't exist.
+    be asked when the plan was made: a file that isn't in the planner's cache doesn't exist; `local_files_only` that no
+    machine is to ask it.
     """
 
     kind: str
@@ -84,3 +85,4 @@ class SourceSpec:
     subfolder: str = ""
     cache_dir: str = ""
     is_cached_only: bool = False
+    local_files_only: bool = False

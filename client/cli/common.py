@@ -109,6 +109,12 @@ _CHECKPOINT_OPTIONS: list[Callable[[Any], Any]] = [
     click.option("--trust-remote-code", is_flag=True, default=None, help="Run the checkpoint's own code."),
     click.option("--cache-dir", help="Folder for the Hub's files, where the gateway runs."),
     click.option(
+        "--local-files-only",
+        is_flag=True,
+        default=None,
+        help="Ask no Hub: read what its cache on each node holds.",
+    ),
+    click.option(
         "--hf-token-file",
         type=click.Path(exists=True, dir_okay=False),
         help="File with the Hub token. [default: $HF_TOKEN, for a gateway on this machine]",
@@ -121,6 +127,7 @@ _AS_GIVEN = (
     "variant",
     "cache_dir",
     "trust_remote_code",
+    "local_files_only",
     "num_stages",
     "reserve_tokens",
     "dtype",

@@ -65,7 +65,7 @@ def plan(
 
 
 def _offline(path: str, devices: str, arguments: dict[str, Any]) -> Plan:
-    names = ("revision", "subfolder", "variant", "cache_dir", "trust_remote_code")
+    names = ("revision", "subfolder", "variant", "cache_dir", "trust_remote_code", "local_files_only")
     where = {name: arguments.pop(name) for name in names if name in arguments}
     token = hub_token(arguments.pop("token", None), "localhost:0")  # it goes to a child of this process alone
     request = {

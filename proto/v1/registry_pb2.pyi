@@ -35,7 +35,7 @@ VERDICT_WARN: Verdict
 VERDICT_FAIL: Verdict
 
 class ModelSource(_message.Message):
-    __slots__ = ("path", "revision", "subfolder", "variant", "token", "hub_endpoint", "cache_dir", "trust_remote_code")
+    __slots__ = ("path", "revision", "subfolder", "variant", "token", "hub_endpoint", "cache_dir", "trust_remote_code", "local_files_only")
     PATH_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     SUBFOLDER_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +44,7 @@ class ModelSource(_message.Message):
     HUB_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     CACHE_DIR_FIELD_NUMBER: _ClassVar[int]
     TRUST_REMOTE_CODE_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_FILES_ONLY_FIELD_NUMBER: _ClassVar[int]
     path: str
     revision: str
     subfolder: str
@@ -52,7 +53,8 @@ class ModelSource(_message.Message):
     hub_endpoint: str
     cache_dir: str
     trust_remote_code: bool
-    def __init__(self, path: _Optional[str] = ..., revision: _Optional[str] = ..., subfolder: _Optional[str] = ..., variant: _Optional[str] = ..., token: _Optional[str] = ..., hub_endpoint: _Optional[str] = ..., cache_dir: _Optional[str] = ..., trust_remote_code: _Optional[bool] = ...) -> None: ...
+    local_files_only: bool
+    def __init__(self, path: _Optional[str] = ..., revision: _Optional[str] = ..., subfolder: _Optional[str] = ..., variant: _Optional[str] = ..., token: _Optional[str] = ..., hub_endpoint: _Optional[str] = ..., cache_dir: _Optional[str] = ..., trust_remote_code: _Optional[bool] = ..., local_files_only: _Optional[bool] = ...) -> None: ...
 
 class LoadOptions(_message.Message):
     __slots__ = ("quantization_config_json", "dtype", "attn_implementation", "config_json", "config_overrides_json", "device_map", "device_map_by_module", "max_memory", "num_stages", "staging_budget", "connections", "without_cache", "trace", "quantize_experts", "reserve_tokens", "link_speed", "max_sessions", "max_waiting", "idle_timeout_s", "without_batching", "without_quantized_experts", "requantize", "dequantize", "adapter")

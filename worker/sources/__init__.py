@@ -28,6 +28,7 @@ def open_source(spec: SourceSpec, token: HubToken) -> Source:
                 token=token,
                 cache_dir=spec.cache_dir,
                 is_cached_only=spec.is_cached_only,
+                local_files_only=spec.local_files_only,
             )
         case "url":
             return RemoteSource(spec.location, subfolder=spec.subfolder)

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from urllib.parse import urljoin
 
 from huggingface_hub import constants, get_hf_file_metadata, get_session, hf_hub_url
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported, but not by `as`
 
 from ...proto.v1.errors import (
@@ -49,6 +49,13 @@ _CACHE_ATTEMPTS = 2  # the network is there, too
 _REMEDY_TOKEN = "accept its terms on the Hub, and pass token=… or set HF_TOKEN to one that may read it"
 
 
+def why_no_hub(local_files_only: bool) -> tuple[str, str]:
+    """Why the Hub is not asked, where it isn't, and what would change that."""
+    if local_files_only:
+        return "local_files_only=True keeps the Hub from being asked", "leave it out"
+    return "HF_HUB_OFFLINE is set", "unset it"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Located:
     version: FileVersion
@@ -75,6 +82,7 @@ class HubSource:
         cache_dir: the Hub's cache on this machine; "" for huggingface_hub's own.
         is_cached_only: the Hub can't be asked: what `stat` doesn't find in the cache doesn't exist. Bytes are asked
             for all the same where the cache lacks them: another machine's cache may hold less, and its network more.
+        local_files_only: nor are bytes: what the cache lacks is a SourceError.
         sleep: waits between attempts; by default a sleep that a `Cancel` ends.
     """
 
@@ -88,6 +96,7 @@ class HubSource:
         token: HubToken = None,
         cache_dir: str = "",
         is_cached_only: bool = False,
+        local_files_only: bool = False,
         attempts: int = ATTEMPTS,
         connect_s: float = 10.0,
         stall_s: float = 20.0,
@@ -106,7 +115,8 @@ class HubSource:
         self._located = OncePerFile[_Located]()
         self._etags: dict[tuple[str, object], str] = {}  # by file and origin: a CDN's tags need not be the Hub's
         self._sockets = _Sockets()
-        self._is_cached_only = is_cached_only
+        self._is_cached_only = is_cached_only or local_files_only
+        self._local_files_only = local_files_only
         self._cache = HubCache(
             repo_id,
             commit,
@@ -142,7 +152,7 @@ class HubSource:
         if self._is_offline and self._cache.has_snapshot():
             raise CheckpointNotFoundError(
                 f"{self._label(file)} is not in the Hub's cache ({self._cache.folder}), and the Hub can't be asked: "
-                f"{'HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else 'it was out of reach'}"
+                f"{'it was out of reach' if self._may_ask else why_no_hub(self._local_files_only)[0]}"
             )
         patience = self._patience(f"the size of {self._label(file)}", Cancel())
         located = self._resolve(file, patience)
@@ -186,6 +196,10 @@ class HubSource:
     @property
     def _is_offline(self) -> bool:
         return self._is_cached_only or constants.HF_HUB_OFFLINE
+
+    @property
+    def _may_ask(self) -> bool:
+        return not self._local_files_only and not constants.HF_HUB_OFFLINE
 
     def _read_cached(self, file: str, start: int, buffer: memoryview, version: FileVersion, cancel: Cancel) -> bool:
         """Fill the buffer from the cache; False if that isn't possible."""
@@ -243,6 +257,12 @@ class HubSource:
 
     def _resolve(self, file: str, patience: Patience) -> _Located:
         """Ask the Hub for the file's version and location, as often as `patience` allows."""
+        if not self._may_ask:
+            why, remedy = why_no_hub(self._local_files_only)
+            raise SourceError(
+                f"{self._label(file)} is not whole in this machine's cache of it ({self._cache.folder}), and {why}: "
+                f"{remedy}, or pass a folder that every node sees"
+            )
         url = self._url(file)
         while True:
             patience.check(file)
@@ -255,10 +275,6 @@ class HubSource:
                 if not answers.is_transient(status):
                     self._refused(file, status, error)
                 patience.failed(_Failure(cause=f"HTTP {status}", wait_s=_wait_s(headers), error=error))
-            except OfflineModeIsEnabled as error:
-                raise SourceError(
-                    f"{self._label(file)} can't be read with HF_HUB_OFFLINE set: unset it, or pass a local folder"
-                ) from error
             except TRANSIENT as error:
                 patience.failed(_Failure(cause=cause_of(error, self._host(url)), error=error))
             else:
