@@ -253,6 +253,14 @@ class DescribedModel:
         """The adapters that were chosen: by `set_adapter`, or else by the path that the model was loaded from."""
         return list(self._known().default_adapters if self._adapters is None else self._adapters)
 
+    def adapters_used(self) -> list[str]:
+        """The adapters that requests of this handle are computed with."""
+        return [] if self._adapters_are_off else self.active_adapters()
+
+    def adapter_paths(self) -> list[str]:
+        """Where the model's adapters were loaded from."""
+        return [adapter.path for adapter in self._known().adapters]
+
     @property
     def peft_config(self) -> dict[str, Any]:
         """The adapters' configs by their names, as peft's objects. Needs peft here."""

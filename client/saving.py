@@ -51,13 +51,15 @@ class SaveProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveOptions:
-    """What `save_pretrained` takes beside the folder. shared: whether the workers write; None where they can."""
+    """What `save_pretrained` takes beside the folder. shared: whether the workers write; None where they can. adapter:
+    the one to save, in the place of the model."""
 
     max_shard_size: int | str = "50GB"
     variant: str | None = None
     shared: bool | None = None
     dequantize_experts: bool = True
     on_progress: Callable[[SaveProgress], None] | None = None
+    adapter: str = ""
 
     def request(self, name: str) -> saving_pb2.SaveModelRequest:
         if isinstance(self.max_shard_size, bool) or not isinstance(self.max_shard_size, (int, str)):
@@ -70,6 +72,7 @@ class SaveOptions:
             variant=self.variant or "",
             way=_WAYS[self.shared],
             keep_quantized_experts=not self.dequantize_experts,
+            adapter=self.adapter,
         )
 
 
@@ -126,7 +129,7 @@ def save(
             finally:
                 call.cancel()
                 files.close()
-            return files.finish(options.variant or "", generation_config)
+            return files.finish_adapter() if options.adapter else files.finish(options.variant or "", generation_config)
         finally:
             for path in folder.glob(f"{_temporary(save_id)}*"):
                 with contextlib.suppress(OSError):
@@ -289,12 +292,24 @@ class _Files:
             with _told(self._folder):
                 file.close()
 
-    def finish(self, variant: str, generation_config: str | None) -> list[str]:
-        """Gives the files their names, removes those of an earlier save, and writes the index last."""
+    def finish_adapter(self) -> list[str]:
+        """Gives the files their names, the config's last."""
+        self._check()
+        names = [file.name for file in self._files]
+        with _told(self._folder):
+            for name in reversed(names):
+                os.replace(self._folder / _temporary(self._save_id, name), self._folder / name)
+        return names
+
+    def _check(self) -> None:
         if not self._finished:
             raise InternalError("the gateway's report of the save stopped before its end")
         for file in self._files:
             file.check()
+
+    def finish(self, variant: str, generation_config: str | None) -> list[str]:
+        """Gives the files their names, removes those of an earlier save, and writes the index last."""
+        self._check()
         weights = [file for file in self._files if file.is_weights]
         small = [file.name for file in self._files if not file.is_weights]
         index = self._index(weights)
@@ -346,6 +361,20 @@ def _weight_names(variant: str) -> list[str]:
     return [f"{stem}.safetensors", f"{stem}-?????-of-?????.safetensors", f"model.safetensors.index{index}.json"]
 
 
+def _adapter_of(model: DescribedModel) -> str:
+    """The adapter that transformers would save in the place of the model: the one that it computes with; "" for none.
+
+    Raises InvalidRequestError for several.
+    """
+    used = model.adapters_used()
+    if len(used) > 1:
+        raise InvalidRequestError(
+            f"adapters {used} are active, and several are not saved together: model.set_adapter(one of them), then "
+            "model.save_pretrained(folder), for each; or model.disable_adapters() to save the base"
+        )
+    return "".join(used)
+
+
 def save_pretrained(
     model: DescribedModel,
     gateway: Gateway,
@@ -373,15 +402,19 @@ def save_pretrained(
     if not is_main_process:
         return None
     folder = os.path.abspath(os.fspath(save_directory))
-    if os.path.isdir(model.info_path) and os.path.realpath(model.info_path) == os.path.realpath(folder):
-        raise InvalidRequestError(
-            f"{folder} is what {model.name} was loaded from, and a lost stage is loaded from there again: save it "
-            "elsewhere"
-        )
+    adapter = _adapter_of(model)
+    for path in (model.info_path, *model.adapter_paths()):
+        if os.path.isdir(path) and os.path.realpath(path) == os.path.realpath(folder):
+            raise InvalidRequestError(
+                f"{folder} is what {model.name} was loaded from, and a lost stage is loaded from there again: save it "
+                "elsewhere"
+            )
     changed = None
-    if model.changed_generation_config is not None:
+    if not adapter and model.changed_generation_config is not None:
         changed = model.changed_generation_config.to_json_string(use_diff=True, keys_to_pop=["compile_config"])
-    files = save(gateway, model.name, folder, SaveOptions(**options), generation_config=changed, stop=stop)
+    files = save(
+        gateway, model.name, folder, SaveOptions(**options, adapter=adapter), generation_config=changed, stop=stop
+    )
     if not push_to_hub:
         return None
     from .pushing import push_folder
@@ -390,7 +423,7 @@ def save_pretrained(
         folder,
         files,
         repo_id or os.path.basename(folder),
-        older=_weight_names(options.get("variant") or ""),
+        older=[] if adapter else _weight_names(options.get("variant") or ""),
         token=token,
         private=private,
         revision=revision,

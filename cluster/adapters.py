@@ -117,6 +117,7 @@ def outline(name: str, source: registry_pb2.ModelSource, token: HubToken, base: 
             source=spec,
             records=tuple(records.values()),
             versions=versions,
+            tied=found.tied,
         ),
         outline=found,
     )

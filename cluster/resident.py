@@ -266,6 +266,10 @@ class Resident:
         self.tell_adapters()
         await self._try_keep_card()
 
+    def adapter_token(self, name: str) -> HubToken:
+        """The Hub token that the adapter was loaded with."""
+        return self._adapter_tokens.get(name)
+
     async def detach(self, name: str) -> None:
         """Takes an adapter off every stage; one that is lost meanwhile comes back without it."""
         del self.adapters[name]
@@ -353,7 +357,7 @@ class Resident:
         """Gives a stage that has come back the adapters that the others have."""
         worker = self.placement.workers[index]
         for name, attached in list(self.adapters.items()):
-            token = self._adapter_tokens.get(name)
+            token = self.adapter_token(name)
             modules = await call(worker.load_adapter.remote(attached.spec.to_json(), token), f"stage {index}")
             stages = [*attached.stages[:index], tuple(modules), *attached.stages[index + 1 :]]
             self.adapters[name] = replace(attached, stages=tuple(stages))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -26,6 +27,8 @@ from ..proto.v1.status import from_rpc_error, sent_by_us
 from ..proto.v1.tls import TLS
 from ..proto.v1.wire import FRAME_BYTES, STAGE_CHANNEL_OPTIONS
 from ..worker.byte_sizes import parse_size
+from ..worker.sources import open_source
+from .adapters import CONFIG_FILE, WEIGHTS_FILE
 from .registry import Registry
 from .resident import Resident
 
@@ -40,13 +43,18 @@ _WAITING = 2  # messages of each stage that wait for the client
 async def save(registry: Registry, request: saving_pb2.SaveModelRequest) -> AsyncIterator[SaveModelResponse]:
     """What a save tells its client, to the end. When this is closed, or fails, the stages take back what they wrote.
 
-    Raises InvalidRequestError, SaveError, UnsupportedModelError, ModelNotFoundError and ModelUnavailableError.
+    Raises InvalidRequestError, SaveError, UnsupportedModelError, ModelNotFoundError and ModelUnavailableError; of an
+    adapter, what its source raises.
     """
     if not _VARIANT.fullmatch(request.variant):
         raise InvalidRequestError(f"variant {request.variant!r} is no part of a file's name: letters, digits, - and _")
     if request.way == saving_pb2.SAVE_WAY_FOLDER and not request.folder:
         raise InvalidRequestError("the workers can't write without a folder")
     resident = await registry.ready_resident(request.name)
+    if request.adapter:
+        async for response in _save_adapter(resident, request.adapter):
+            yield response
+        return
     calls = [
         _StageCall(index, address, resident.metadata, resident.tls) for index, address in enumerate(resident.addresses)
     ]
@@ -105,6 +113,36 @@ async def _save(
     async for response in _merged(streams):
         yield response
     await asyncio.gather(*(call.ask(SaveRequest(commit=saving_pb2.SaveCommit()), "committed") for call in calls))
+    yield SaveModelResponse(finished=saving_pb2.SaveFinished())
+
+
+async def _save_adapter(resident: Resident, name: str) -> AsyncIterator[SaveModelResponse]:
+    """The adapter's files from where it was loaded: nothing has changed it since."""
+    attached = resident.adapters.get(name)
+    if attached is None:
+        raise InvalidRequestError(
+            f"model {resident.info.name} has no adapter {name!r}; loaded: {', '.join(resident.adapters) or 'none'}"
+        )
+    spec = attached.spec
+    [(file, version)] = spec.versions.items()
+    config = json.dumps(dict(spec.config), indent=2, sort_keys=True).encode()
+    source = open_source(spec.source, resident.adapter_token(name))
+    try:
+        yield SaveModelResponse(
+            planned=saving_pb2.SavePlanned(
+                files=[
+                    saving_pb2.SaveFile(name=CONFIG_FILE, bytes=len(config)),
+                    saving_pb2.SaveFile(name=WEIGHTS_FILE, bytes=version.size_bytes),
+                ]
+            )
+        )
+        yield SaveModelResponse(data=saving_pb2.SaveData(file=0, data=config))
+        for start in range(0, version.size_bytes, FRAME_BYTES):
+            piece = bytearray(min(FRAME_BYTES, version.size_bytes - start))
+            await asyncio.to_thread(source.read_into, file, start, memoryview(piece), version)
+            yield SaveModelResponse(data=saving_pb2.SaveData(file=1, data=bytes(piece)))
+    finally:
+        source.close()
     yield SaveModelResponse(finished=saving_pb2.SaveFinished())
 
 

@@ -60,6 +60,18 @@ CASES = {
     "embedding and head": Case(config=lambda: lora(target_modules=["embed_tokens", "lm_head", "q_proj"])),
     "tied embedding": Case(config=lambda: lora(target_modules=["embed_tokens", "q_proj"]), base={"tied": True}),
     "tokens": Case(config=lambda: lora(trainable_token_indices=[5, 6, 7])),
+    "tokens of both": Case(config=lambda: lora(trainable_token_indices={"embed_tokens": [5, 6], "lm_head": [7]})),
+    "tied tokens": Case(config=lambda: lora(trainable_token_indices=[5, 6, 7]), base={"tied": True}),
+    "tied tokens, one stage": Case(
+        config=lambda: lora(trainable_token_indices=[5, 6, 7]), base={"tied": True}, ends=()
+    ),
+    "tied tokens alone": Case(
+        config=lambda: peft.TrainableTokensConfig(token_indices=[5, 6], target_modules=["embed_tokens"]),
+        base={"tied": True},
+    ),
+    "tied tokens, bfloat16": Case(
+        config=lambda: lora(trainable_token_indices={"embed_tokens": [5, 6, 7]}), base={"tied": True}, dtype="bfloat16"
+    ),
     "bfloat16": Case(dtype="bfloat16"),
     "nf4": Case(config=lambda: lora(target_modules="all-linear"), quantization=NF4, dtype="bfloat16"),
     "nf4, dora, own head": Case(config=lambda: lora(use_dora=True, modules_to_save=["lm_head"]), quantization=NF4),

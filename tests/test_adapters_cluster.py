@@ -20,6 +20,7 @@ import pytest
 import ray
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 import shardlift
 from shardlift.client.handle import RemoteModel
@@ -106,6 +107,41 @@ def test_each_request_chooses_and_nobody_disturbs_another(two: RemoteModel, mode
         other.set_adapter("c")
     with pytest.raises(errors.InvalidRequestError, match="no adapter 'c'; loaded: a, b"):
         other.generate(IDS, max_new_tokens=2, adapter="c")
+
+
+def test_the_adapter_in_use_is_saved_and_else_the_base(
+    two: RemoteModel, model: RemoteModel, files: Files, tmp_path: Path
+) -> None:
+    """As transformers has it: with an adapter, `save_pretrained` saves that alone."""
+    two.save_pretrained(tmp_path / "b")
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    again = adapters.whole(files.base, {"again": tmp_path / "b"})
+    assert torch.equal(adapters.logits(again, IDS, ["again"]), files.logits("b"))
+    two.set_adapter(["a", "b"])
+    with pytest.raises(errors.InvalidRequestError, match=r"\['a', 'b'\] are active, .*set_adapter.*disable_adapters"):
+        two.save_pretrained(tmp_path / "both")
+    two.set_adapter("a")
+    with pytest.raises(errors.InvalidRequestError, match="is what adapted was loaded from"):
+        two.save_pretrained(files.paths["b"])
+    two.disable_adapters()
+    base, wanted = tmp_path / "base", {}
+    for handle, folder in ((two, base / "off"), (copy.copy(model), base / "none chosen")):
+        handle.save_pretrained(folder)
+        saved = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        wanted = wanted or {
+            name: tensor for file in files.base.glob("*.safetensors") for name, tensor in load_file(file).items()
+        }
+        assert saved.keys() == wanted.keys()
+        assert all(torch.equal(saved[name], tensor) for name, tensor in wanted.items())
+    run = [sys.executable, "-m", "shardlift.client.cli.main", "save", "adapted"]
+    environment = os.environ | {"SHARDLIFT_ADDRESS": two.address}
+    for options, file in ((["--adapter", "a"], "adapter_config.json"), ([], "config.json")):
+        subprocess.run([*run, str(tmp_path / file), *options], env=environment, check=True, timeout=120)
+        assert (tmp_path / file / file).is_file()
+    assert json.loads((tmp_path / "adapter_config.json" / "adapter_config.json").read_text())["r"] == 4
 
 
 def test_what_adapters_hold_is_counted_and_given_back(model: RemoteModel, files: Files) -> None:

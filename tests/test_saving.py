@@ -6,12 +6,14 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from peft import IA3Config, LNTuningConfig, LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -24,7 +26,7 @@ from shardlift.proto.v1.errors import (
     SaveError,
 )
 from shardlift.worker.save_call import SaveCall
-from tests.support import checkpoints
+from tests.support import adapters, checkpoints
 from tests.support.ring_gateway import NAME, Served, serving
 
 IDS = torch.arange(1, 13)[None]
@@ -340,6 +342,44 @@ def test_an_unload_ends_a_save(tmp_path: Path) -> None:
         wait_until(lambda: not temporary_files(tmp_path))
         assert not failures or isinstance(failures[0], ModelUnavailableError)
         assert (tmp_path / "out").exists() is not bool(failures)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LoraConfig(r=4, target_modules="all-linear", bias="all"),
+        lambda: LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]),
+        lambda: LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1, 2]),
+        lambda: LNTuningConfig(target_modules=["input_layernorm", "norm"]),
+        lambda: IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    ],
+    ids=["lora, biases", "own head", "tokens", "norms", "ia3"],
+)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_adapters_leave_no_trace_in_a_save(make: Callable[[], Any], tied: bool, tmp_path: Path) -> None:
+    """They were written with it, and what they are put around had lost its name."""
+    folder = checkpoints.tiny("qwen2", tmp_path / "source", tie_word_embeddings=tied)
+    quantization = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if not tied else None
+    with serving(folder, [2], quantization=quantization) as running:
+        running.model.save_pretrained(tmp_path / "before")
+        path = adapters.make(folder, tmp_path / "adapter", make())
+        spec = adapters.outlined(folder, path, "x").spec
+
+        async def attach(name: str) -> None:
+            for server in running.ring.servers:
+                stage = server.pipeline.stage
+
+                def put(stage: Any = stage) -> None:
+                    adapters.attach([stage], replace(spec, name=name))
+                    stage.adapters.use((name,))
+
+                await server.pipeline.run("", put)
+
+        running.call(lambda: attach("x"))
+        running.model.save_pretrained(tmp_path / "after")
+        assert_same_tensors(tensors_in(tmp_path / "after"), tensors_in(tmp_path / "before"))
+        index = "model.safetensors.index.json"
+        assert (tmp_path / "after" / index).read_text() == (tmp_path / "before" / index).read_text()
 
 
 def test_an_unload_between_two_words_of_a_save(served: Served) -> None:

@@ -6,7 +6,7 @@ Never contains a token: that is handed over with the call that needs it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .records import FileVersion, SourceSpec, TensorRecord
@@ -19,7 +19,8 @@ class AdapterSpec:
 
     path: as its user wrote it. kind: peft's name for it, "LORA". config: its adapter_config.json. modules, parameters:
     paths of the modules, and of the parameters of three dimensions, that it is injected into. saved: paths of modules
-    that it has a copy of its own of. patterns: fields of the config that peft has written anew for this model.
+    that it has a copy of its own of. patterns: fields of the config that peft has written anew for this model. tied:
+    from the path of a module some of whose rows it has trained, to that of the one that is tied to it.
     """
 
     name: str
@@ -33,6 +34,7 @@ class AdapterSpec:
     source: SourceSpec
     records: tuple[TensorRecord, ...]
     versions: Mapping[str, FileVersion]
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads back."""

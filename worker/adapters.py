@@ -51,6 +51,8 @@ _PREFIX = "base_model.model."
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 # What peft then does at each pass, or to the model, that a stage by itself can't.
 _UNSUPPORTED_FIELDS = ("alora_invocation_tokens", "arrow_config", "layer_replication", "megatron_config")
+# Rows of an embedding, or a head, that are trained, by module.
+_TOKENS = "trainable_token_indices"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 
 
@@ -103,17 +105,18 @@ def check_peft() -> None:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterOutline:
     """What an adapter becomes on the whole model: the fields of AdapterSpec of the same names, and the bytes of each
-    parameter with its place."""
+    parameter with its place, and whether what is tied to that has them, too."""
 
     patterns: Mapping[str, Any]
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
     saved: tuple[str, ...]
-    sizes: tuple[tuple[Place, int], ...]
+    tied: Mapping[str, str]
+    sizes: tuple[tuple[Place, int, bool], ...]
 
     def bytes_of(self, cut: Cut) -> int:
         """Device bytes on the stage of `cut`."""
-        return sum(size for place, size in self.sizes if place.held_by(cut, tied=False))
+        return sum(size for place, size, tied in self.sizes if place.held_by(cut, tied=tied))
 
 
 def outline_adapter(
@@ -145,20 +148,39 @@ def outline_adapter(
         _set_tensors(model, name, others, path)
     modules = tuple(dict.fromkeys(tuner.targeted_module_names))
     new = [(each, tensor) for each, tensor in _all_tensors(model) if id(tensor) not in before]
-    sizes = [(place_of(_clean(each), anatomy), tensor.numel() * tensor.element_size()) for each, tensor in new]
+    layers = dict(_token_layers(model, name))
+    tied = {
+        source: path
+        for path, layer in layers.items()
+        for source, other in layers.items()
+        if layer.tied_adapter is other
+    }
+    sizes = [
+        (
+            place_of(_clean(each), anatomy),
+            tensor.numel() * tensor.element_size(),
+            any(each.startswith(f"{source}.") for source in tied),
+        )
+        for each, tensor in new
+    ]
     sizes += [
-        (place_of(_strip(key), anatomy), parameter.numel() * parameter.element_size())
+        (place_of(_strip(key), anatomy), parameter.numel() * parameter.element_size(), False)
         for key, parameter in own.items()
         if key.endswith(".bias")
     ]
     patterns = {
         each: getattr(parsed, each) for each in ("rank_pattern", "alpha_pattern") if getattr(parsed, each, None)
     }
+    if getattr(parsed, _TOKENS, None) is not None:
+        patterns[_TOKENS] = {
+            path: list(layer.token_indices[name]) for path, layer in layers.items() if not layer.tied_adapter
+        }
     return AdapterOutline(
         patterns=patterns,
         modules=modules,
         parameters=tuple(dict.fromkeys(tuner.targeted_parameter_names)),
         saved=tuple(_saved(model, name, whole=True)),
+        tied=tied,
         sizes=tuple(sizes),
     )
 
@@ -246,7 +268,11 @@ class StageAdapters:
 
     def records(self, spec: AdapterSpec) -> tuple[TensorRecord, ...]:
         """Those of the adapter's tensors that belong to this stage."""
-        return tuple(record for record in spec.records if self._holds(_strip(record.key)))
+        return tuple(
+            record
+            for record in spec.records
+            if self._holds(_strip(record.key)) or _tied_key(record.key, self._tied_alone(spec)) is not None
+        )
 
     def load(self, spec: AdapterSpec, tensors: Mapping[str, torch.Tensor]) -> tuple[ModuleBytes, ...]:
         """Attaches the stage's part of an adapter; gives what it holds. What fails leaves nothing behind.
@@ -287,15 +313,39 @@ class StageAdapters:
                 self.use(())
             self._take_off(name)
 
+    def base_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """As the model's `named_modules` without adapters: each module of the base by its path there."""
+        if not self._loaded:
+            return self._model.named_modules()
+        return _base_modules("", self._model)
+
+    @contextlib.contextmanager
+    def base_only(self) -> Iterator[None]:
+        """Within it, the base's modules hold nothing but the base's own."""
+        overrides = [override for name in self.active for override in self._loaded[name].overrides]
+        for override in overrides:
+            override.put(own=False)
+        try:
+            yield
+        finally:
+            for override in overrides:
+                override.put(own=True)
+
     def _holds(self, path: str) -> bool:
         return place_of(path, self._anatomy).held_by(self._cut, tied=False)
 
+    def _tied_alone(self, spec: AdapterSpec) -> dict[str, str]:
+        """Of `spec.tied` what this stage has without what it is tied to: it gets a copy."""
+        return {source: path for source, path in spec.tied.items() if self._holds(path) and not self._holds(source)}
+
     def _inject(self, spec: AdapterSpec, tensors: Mapping[str, torch.Tensor]) -> _Loaded:
-        model = self._model
+        model, alone = self._model, self._tied_alone(spec)
+        tensors = {_tied_key(key, alone) or key: tensor for key, tensor in tensors.items()}
         own, others = _apart(model, tensors, spec.saved)
         loaded = _Loaded(prefix="", overrides=list(self._overrides(own, tensors, spec)))
         config = _parse({**spec.config, **spec.patterns}, spec.path)
         modules = {path for path in spec.modules if self._holds(path)}
+        modules |= {path for source, path in alone.items() if source in spec.modules}
         parameters = {path for path in spec.parameters if self._holds(path)}
         saved = [path for path in spec.saved if self._holds(path)]
         for path in saved:
@@ -305,7 +355,11 @@ class StageAdapters:
                     f"{spec.path} brings a whole {path}, which is quantized here: load the base with {path} in "
                     "llm_int8_skip_modules"
                 )
-        if not (modules or parameters or saved):
+        whole: dict[str, Any] = getattr(config, _TOKENS, None) or {}
+        tokens = {
+            alone.get(source, source): whole[source] for source in whole if self._holds(alone.get(source, source))
+        }
+        if not (modules or parameters or saved or tokens):
             return loaded
         from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
         from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -322,14 +376,27 @@ class StageAdapters:
         ):
             if hasattr(config, name):
                 setattr(config, name, value)
-        if not self._cut.is_first and hasattr(config, "trainable_token_indices"):
-            config.trainable_token_indices = None
-        with _peft_errors(f"{spec.path} can't be attached"), _unsaved(model):
+        if hasattr(config, _TOKENS):
+            setattr(config, _TOKENS, tokens or None)
+        with _peft_errors(f"{spec.path} can't be attached"), _unsaved(model), self._untied():
             _inject(model, config, spec.name, is_empty=False)
             _set_tensors(model, spec.name, others, spec.path)
         # What peft adds begins in training mode, with its dropout.
         model.train(model.training)
         return loaded
+
+    @contextlib.contextmanager
+    def _untied(self) -> Iterator[None]:
+        """Within it, peft doesn't tie what it puts on the embedding to a head that isn't here, or the other way."""
+        config: Any = self._model.config
+        tied = getattr(config, "tie_word_embeddings", False)
+        if tied and not (self._cut.is_first and self._cut.is_last):
+            config.tie_word_embeddings = False
+        try:
+            yield
+        finally:
+            if tied:
+                config.tie_word_embeddings = tied
 
     def _overrides(
         self, own: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor], spec: AdapterSpec
@@ -386,6 +453,22 @@ class StageAdapters:
         # peft chooses another one to be active; here requests do.
         self.active = ("",)
         self.use(())
+
+
+def _base_modules(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    while True:
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_submodule("base_layer")
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module = module.get_submodule("original_module")
+        else:
+            break
+    yield path, module
+    for name, child in module.named_children():
+        yield from _base_modules(f"{path}.{name}" if path else name, child)
 
 
 def _unwrap(model: nn.Module) -> None:
@@ -473,7 +556,8 @@ def _set_tensors(model: nn.Module, name: str, tensors: Mapping[str, torch.Tensor
     if result.unexpected_keys:
         raise TensorMismatchError(f"{path} holds {_some(result.unexpected_keys)}, which this model has no place for")
     # AdaLoRA's number of ranks follows from its config; peft doesn't save it.
-    needed = [key for key in result.missing_keys if ".ranknum." not in key]
+    tied = tuple(f"{path}." for path, layer in _token_layers(model, name) if layer.tied_adapter)
+    needed = [key for key in result.missing_keys if ".ranknum." not in key and not key.startswith(tied)]
     if missing := [key for key in needed if f".{name}." in key or key.endswith(f".{name}")]:
         raise TensorMismatchError(f"{path} has no tensor for {_some(missing)}")
 
@@ -486,6 +570,15 @@ def _saved(model: nn.Module, name: str, *, whole: bool = False) -> Iterator[str]
     for path, module in model.named_modules():
         if isinstance(module, kind) and name in module._get_available_adapters():
             yield path
+
+
+def _token_layers(model: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
+    """The layers in which the adapter has trained some rows, by the path of the base's module."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    for path, module in model.named_modules():
+        if isinstance(module, TrainableTokensLayer) and name in module.token_indices:
+            yield path.removesuffix(".token_adapter"), module
 
 
 def _all_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -516,6 +609,15 @@ def _apart(
 def _strip(key: str) -> str:
     """The path in the base that a key of an adapter's file begins with."""
     return _clean(key.removeprefix(_PREFIX))
+
+
+def _tied_key(key: str, tied: Mapping[str, str]) -> str | None:
+    """The key with the path that is tied to its own; None for a key of nothing that is in `tied`."""
+    path = key.removeprefix(_PREFIX)
+    for source, other in tied.items():
+        if path.startswith(f"{source}."):
+            return key.removesuffix(path) + other + path.removeprefix(source)
+    return None
 
 
 def _clean(name: str) -> str:

@@ -30,6 +30,7 @@ from .stage import ResidentStage
 from .tensors import dtype_name
 
 PIECE_BYTES = 1 << 20
+OnCompute = Callable[[Callable[[], Any]], Any]
 Convert = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 _TAGS = {name: tag for tag, (name, _) in DTYPES.items()}
 _COPY_BYTES = 64 << 20  # of a tensor on a GPU, brought to the host at a time
@@ -117,7 +118,7 @@ class StageSaver:
     Its methods are for a thread of their own.
     """
 
-    def __init__(self, stage: ResidentStage, on_compute: Callable[[Callable[[], Snapshot]], Snapshot]) -> None:
+    def __init__(self, stage: ResidentStage, on_compute: OnCompute) -> None:
         self._stage = stage
         self._on_compute = on_compute
         self._stream = torch.cuda.Stream(stage.device) if stage.device.type == "cuda" else None
@@ -178,21 +179,29 @@ class StageSaver:
         place = place_of(name, stage.anatomy)
         return stage.cut.is_first if place.part == "shared" else place.held_by(stage.cut, tied=False)
 
+    def _modules(self) -> list[tuple[str, nn.Module]]:
+        """The base's, whichever adapters are attached or deleted meanwhile."""
+        found: list[tuple[str, nn.Module]] = self._on_compute(lambda: list(self._stage.adapters.base_modules()))
+        return found
+
     def _tied(self) -> set[str]:
         """Names of parameters that are another's, here."""
-        model = self._stage.model
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        parameters = {
+            _joined(path, name): parameter
+            for path, module in self._modules()
+            for name, parameter in module.named_parameters(recurse=False)
+        }
         return {
             name
-            for name, source in model.all_tied_weights_keys.items()
+            for name, source in self._stage.model.all_tied_weights_keys.items()
             if name in parameters and parameters[name] is parameters.get(source)
         }
 
     def _count(self) -> int:
         tied, total = self._tied(), 0
-        for path, module in self._stage.model.named_modules():
+        for path, module in self._modules():
             for name, parameter in module.named_parameters(recurse=False):
-                full = f"{path}.{name}" if path else name
+                full = _joined(path, name)
                 if full in tied or not self._is_ours(full):
                     continue
                 state = getattr(parameter, "quant_state", None)
@@ -200,7 +209,12 @@ class StageSaver:
         return total
 
     def _snapshot(self, module: nn.Module) -> Snapshot:
-        return self._on_compute(lambda: self._stage.pristine.snapshot(module))
+        def take() -> Snapshot:
+            with self._stage.adapters.base_only():
+                return self._stage.pristine.snapshot(module)
+
+        snapshot: Snapshot = self._on_compute(take)
+        return snapshot
 
     # -- what becomes of it ----------------------------------------------------------------------------------------
 
@@ -211,7 +225,7 @@ class StageSaver:
         resident: dict[str, HeldTensor] = {}
         quantized: set[str] = set()
         experts: dict[str, Experts4bit] = {}
-        for path, module in model.named_modules():
+        for path, module in self._modules():
             if any(path.startswith(f"{each}.") for each in experts):
                 continue
             if isinstance(module, Experts4bit):
@@ -220,7 +234,7 @@ class StageSaver:
                 continue
             snapshot = self._snapshot(module)
             for name, held in self._stage.pristine.held(snapshot).items():
-                full = f"{path}.{name}" if path else name
+                full = _joined(path, name)
                 if full in left_out or not self._is_ours(full):
                     continue
                 resident[full] = HeldTensor(dtype=held.dtype, shape=held.shape, read=partial(self._read, module, name))
@@ -290,6 +304,10 @@ class StageSaver:
 
     def _dequantize(self, module: nn.Module) -> torch.Tensor:
         return self._stage.pristine.dequantized(self._snapshot(module)).read()
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _merged(experts: Experts4bit, dtype: torch.dtype) -> dict[str, HeldTensor]:

@@ -22,6 +22,7 @@ from .common import as_json, gateway, open_client, print_json, read_secret
 @click.option(
     "--keep-quantized-experts", is_flag=True, help="Leave single experts in 4 bits, which shardlift alone can load."
 )
+@click.option("--adapter", metavar="NAME", help="Save this adapter of the model alone.")
 @click.option("--push-to-hub", "repo_id", metavar="REPO", help="Commit the files to this repository of the Hub, too.")
 @click.option("--private", is_flag=True, default=None, help="Make that repository a private one, if it has to be made.")
 @click.option("--revision", help="Its branch. [default: main]")
@@ -39,6 +40,7 @@ def save(
     variant: str | None,
     shared: bool | None,
     keep_quantized_experts: bool,
+    adapter: str | None,
     repo_id: str | None,
     private: bool | None,
     revision: str | None,
@@ -49,12 +51,18 @@ def save(
 ) -> None:
     """Saves the model NAME into DIRECTORY, as it is quantized; transformers' from_pretrained loads it from there.
 
+    A model's adapters are not saved with it; with --adapter one of them is saved in its place, as peft has it.
     Ctrl-C ends it and leaves nothing behind.
     """
     if repo_id is None and (private or revision or hf_token_file):
         raise click.UsageError("--private, --revision and --hf-token-file need --push-to-hub.")
     with open_client(address, token_file) as client, SaveLines() as lines:
-        client.model(name).save_pretrained(
+        model = client.model(name)
+        if adapter is not None:
+            model.set_adapter(adapter)
+        else:
+            model.disable_adapters()
+        model.save_pretrained(
             directory,
             push_to_hub=repo_id is not None,
             max_shard_size=max_shard_size,

@@ -24,39 +24,39 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fshardlift/proto/v1/saving.proto\x12\x0cshardlift.v1\"\xbd\x01\n\x10SaveModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66older\x18\x02 \x01(\t\x12\x0f\n\x07save_id\x18\x03 \x01(\t\x12\r\n\x05probe\x18\x04 \x01(\x0c\x12\"\n\x03way\x18\x05 \x01(\x0e\x32\x15.shardlift.v1.SaveWay\x12\x16\n\x0emax_shard_size\x18\x06 \x01(\t\x12\x0f\n\x07variant\x18\x07 \x01(\t\x12\x1e\n\x16keep_quantized_experts\x18\x08 \x01(\x08\"\xe5\x01\n\x11SaveModelResponse\x12,\n\x07planned\x18\x01 \x01(\x0b\x32\x19.shardlift.v1.SavePlannedH\x00\x12&\n\x04\x64\x61ta\x18\x02 \x01(\x0b\x32\x16.shardlift.v1.SaveDataH\x00\x12.\n\x08progress\x18\x03 \x01(\x0b\x32\x1a.shardlift.v1.SaveProgressH\x00\x12\x11\n\x07warning\x18\x04 \x01(\tH\x00\x12.\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x1a.shardlift.v1.SaveFinishedH\x00\x42\x07\n\x05\x65vent\"^\n\x0bSavePlanned\x12\x14\n\x0cstages_write\x18\x01 \x01(\x08\x12%\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x16.shardlift.v1.SaveFile\x12\x12\n\nparameters\x18\x03 \x01(\x04\"8\n\x08SaveFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0f\n\x07weights\x18\x03 \x01(\x08\"&\n\x08SaveData\x12\x0c\n\x04\x66ile\x18\x01 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"+\n\x0cSaveProgress\x12\x0c\n\x04\x66ile\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"\x0e\n\x0cSaveFinished\"\x97\x01\n\x0bSaveRequest\x12(\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x17.shardlift.v1.SaveBeginH\x00\x12(\n\x05write\x18\x02 \x01(\x0b\x32\x17.shardlift.v1.SaveWriteH\x00\x12*\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x18.shardlift.v1.SaveCommitH\x00\x42\x08\n\x06\x61\x63tion\"t\n\tSaveBegin\x12\x0e\n\x06\x66older\x18\x01 \x01(\t\x12\x0f\n\x07save_id\x18\x02 \x01(\t\x12\r\n\x05probe\x18\x03 \x01(\x0c\x12\x17\n\x0fmax_shard_bytes\x18\x04 \x01(\x04\x12\x1e\n\x16keep_quantized_experts\x18\x05 \x01(\x08\"-\n\tSaveWrite\x12\r\n\x05names\x18\x01 \x03(\t\x12\x11\n\tto_folder\x18\x02 \x01(\x08\"\x0c\n\nSaveCommit\"\xf7\x01\n\x0cSaveResponse\x12&\n\x04part\x18\x01 \x01(\x0b\x32\x16.shardlift.v1.SavePartH\x00\x12&\n\x04\x64\x61ta\x18\x02 \x01(\x0b\x32\x16.shardlift.v1.SaveDataH\x00\x12.\n\x08progress\x18\x03 \x01(\x0b\x32\x1a.shardlift.v1.SaveProgressH\x00\x12-\n\x07written\x18\x04 \x01(\x0b\x32\x1a.shardlift.v1.SaveFinishedH\x00\x12/\n\tcommitted\x18\x05 \x01(\x0b\x32\x1a.shardlift.v1.SaveFinishedH\x00\x42\x07\n\x05\x65vent\"|\n\x08SavePart\x12\x12\n\nfile_bytes\x18\x01 \x03(\x04\x12\x13\n\x0bsees_folder\x18\x02 \x01(\x08\x12\x12\n\nparameters\x18\x03 \x01(\x04\x12\x13\n\x0b\x63onfig_json\x18\x04 \x01(\x0c\x12\x1e\n\x16generation_config_json\x18\x05 \x01(\x0c*M\n\x07SaveWay\x12\x18\n\x14SAVE_WAY_UNSPECIFIED\x10\x00\x12\x13\n\x0fSAVE_WAY_FOLDER\x10\x01\x12\x13\n\x0fSAVE_WAY_STREAM\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fshardlift/proto/v1/saving.proto\x12\x0cshardlift.v1\"\xce\x01\n\x10SaveModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66older\x18\x02 \x01(\t\x12\x0f\n\x07save_id\x18\x03 \x01(\t\x12\r\n\x05probe\x18\x04 \x01(\x0c\x12\"\n\x03way\x18\x05 \x01(\x0e\x32\x15.shardlift.v1.SaveWay\x12\x16\n\x0emax_shard_size\x18\x06 \x01(\t\x12\x0f\n\x07variant\x18\x07 \x01(\t\x12\x1e\n\x16keep_quantized_experts\x18\x08 \x01(\x08\x12\x0f\n\x07\x61\x64\x61pter\x18\t \x01(\t\"\xe5\x01\n\x11SaveModelResponse\x12,\n\x07planned\x18\x01 \x01(\x0b\x32\x19.shardlift.v1.SavePlannedH\x00\x12&\n\x04\x64\x61ta\x18\x02 \x01(\x0b\x32\x16.shardlift.v1.SaveDataH\x00\x12.\n\x08progress\x18\x03 \x01(\x0b\x32\x1a.shardlift.v1.SaveProgressH\x00\x12\x11\n\x07warning\x18\x04 \x01(\tH\x00\x12.\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x1a.shardlift.v1.SaveFinishedH\x00\x42\x07\n\x05\x65vent\"^\n\x0bSavePlanned\x12\x14\n\x0cstages_write\x18\x01 \x01(\x08\x12%\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x16.shardlift.v1.SaveFile\x12\x12\n\nparameters\x18\x03 \x01(\x04\"8\n\x08SaveFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0f\n\x07weights\x18\x03 \x01(\x08\"&\n\x08SaveData\x12\x0c\n\x04\x66ile\x18\x01 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"+\n\x0cSaveProgress\x12\x0c\n\x04\x66ile\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"\x0e\n\x0cSaveFinished\"\x97\x01\n\x0bSaveRequest\x12(\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x17.shardlift.v1.SaveBeginH\x00\x12(\n\x05write\x18\x02 \x01(\x0b\x32\x17.shardlift.v1.SaveWriteH\x00\x12*\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x18.shardlift.v1.SaveCommitH\x00\x42\x08\n\x06\x61\x63tion\"t\n\tSaveBegin\x12\x0e\n\x06\x66older\x18\x01 \x01(\t\x12\x0f\n\x07save_id\x18\x02 \x01(\t\x12\r\n\x05probe\x18\x03 \x01(\x0c\x12\x17\n\x0fmax_shard_bytes\x18\x04 \x01(\x04\x12\x1e\n\x16keep_quantized_experts\x18\x05 \x01(\x08\"-\n\tSaveWrite\x12\r\n\x05names\x18\x01 \x03(\t\x12\x11\n\tto_folder\x18\x02 \x01(\x08\"\x0c\n\nSaveCommit\"\xf7\x01\n\x0cSaveResponse\x12&\n\x04part\x18\x01 \x01(\x0b\x32\x16.shardlift.v1.SavePartH\x00\x12&\n\x04\x64\x61ta\x18\x02 \x01(\x0b\x32\x16.shardlift.v1.SaveDataH\x00\x12.\n\x08progress\x18\x03 \x01(\x0b\x32\x1a.shardlift.v1.SaveProgressH\x00\x12-\n\x07written\x18\x04 \x01(\x0b\x32\x1a.shardlift.v1.SaveFinishedH\x00\x12/\n\tcommitted\x18\x05 \x01(\x0b\x32\x1a.shardlift.v1.SaveFinishedH\x00\x42\x07\n\x05\x65vent\"|\n\x08SavePart\x12\x12\n\nfile_bytes\x18\x01 \x03(\x04\x12\x13\n\x0bsees_folder\x18\x02 \x01(\x08\x12\x12\n\nparameters\x18\x03 \x01(\x04\x12\x13\n\x0b\x63onfig_json\x18\x04 \x01(\x0c\x12\x1e\n\x16generation_config_json\x18\x05 \x01(\x0c*M\n\x07SaveWay\x12\x18\n\x14SAVE_WAY_UNSPECIFIED\x10\x00\x12\x13\n\x0fSAVE_WAY_FOLDER\x10\x01\x12\x13\n\x0fSAVE_WAY_STREAM\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shardlift.proto.v1.saving_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SAVEWAY']._serialized_start=1437
-  _globals['_SAVEWAY']._serialized_end=1514
+  _globals['_SAVEWAY']._serialized_start=1454
+  _globals['_SAVEWAY']._serialized_end=1531
   _globals['_SAVEMODELREQUEST']._serialized_start=50
-  _globals['_SAVEMODELREQUEST']._serialized_end=239
-  _globals['_SAVEMODELRESPONSE']._serialized_start=242
-  _globals['_SAVEMODELRESPONSE']._serialized_end=471
-  _globals['_SAVEPLANNED']._serialized_start=473
-  _globals['_SAVEPLANNED']._serialized_end=567
-  _globals['_SAVEFILE']._serialized_start=569
-  _globals['_SAVEFILE']._serialized_end=625
-  _globals['_SAVEDATA']._serialized_start=627
-  _globals['_SAVEDATA']._serialized_end=665
-  _globals['_SAVEPROGRESS']._serialized_start=667
-  _globals['_SAVEPROGRESS']._serialized_end=710
-  _globals['_SAVEFINISHED']._serialized_start=712
-  _globals['_SAVEFINISHED']._serialized_end=726
-  _globals['_SAVEREQUEST']._serialized_start=729
-  _globals['_SAVEREQUEST']._serialized_end=880
-  _globals['_SAVEBEGIN']._serialized_start=882
-  _globals['_SAVEBEGIN']._serialized_end=998
-  _globals['_SAVEWRITE']._serialized_start=1000
-  _globals['_SAVEWRITE']._serialized_end=1045
-  _globals['_SAVECOMMIT']._serialized_start=1047
-  _globals['_SAVECOMMIT']._serialized_end=1059
-  _globals['_SAVERESPONSE']._serialized_start=1062
-  _globals['_SAVERESPONSE']._serialized_end=1309
-  _globals['_SAVEPART']._serialized_start=1311
-  _globals['_SAVEPART']._serialized_end=1435
+  _globals['_SAVEMODELREQUEST']._serialized_end=256
+  _globals['_SAVEMODELRESPONSE']._serialized_start=259
+  _globals['_SAVEMODELRESPONSE']._serialized_end=488
+  _globals['_SAVEPLANNED']._serialized_start=490
+  _globals['_SAVEPLANNED']._serialized_end=584
+  _globals['_SAVEFILE']._serialized_start=586
+  _globals['_SAVEFILE']._serialized_end=642
+  _globals['_SAVEDATA']._serialized_start=644
+  _globals['_SAVEDATA']._serialized_end=682
+  _globals['_SAVEPROGRESS']._serialized_start=684
+  _globals['_SAVEPROGRESS']._serialized_end=727
+  _globals['_SAVEFINISHED']._serialized_start=729
+  _globals['_SAVEFINISHED']._serialized_end=743
+  _globals['_SAVEREQUEST']._serialized_start=746
+  _globals['_SAVEREQUEST']._serialized_end=897
+  _globals['_SAVEBEGIN']._serialized_start=899
+  _globals['_SAVEBEGIN']._serialized_end=1015
+  _globals['_SAVEWRITE']._serialized_start=1017
+  _globals['_SAVEWRITE']._serialized_end=1062
+  _globals['_SAVECOMMIT']._serialized_start=1064
+  _globals['_SAVECOMMIT']._serialized_end=1076
+  _globals['_SAVERESPONSE']._serialized_start=1079
+  _globals['_SAVERESPONSE']._serialized_end=1326
+  _globals['_SAVEPART']._serialized_start=1328
+  _globals['_SAVEPART']._serialized_end=1452
 # @@protoc_insertion_point(module_scope)

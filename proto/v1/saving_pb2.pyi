@@ -17,7 +17,7 @@ SAVE_WAY_FOLDER: SaveWay
 SAVE_WAY_STREAM: SaveWay
 
 class SaveModelRequest(_message.Message):
-    __slots__ = ("name", "folder", "save_id", "probe", "way", "max_shard_size", "variant", "keep_quantized_experts")
+    __slots__ = ("name", "folder", "save_id", "probe", "way", "max_shard_size", "variant", "keep_quantized_experts", "adapter")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FOLDER_FIELD_NUMBER: _ClassVar[int]
     SAVE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -26,6 +26,7 @@ class SaveModelRequest(_message.Message):
     MAX_SHARD_SIZE_FIELD_NUMBER: _ClassVar[int]
     VARIANT_FIELD_NUMBER: _ClassVar[int]
     KEEP_QUANTIZED_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     name: str
     folder: str
     save_id: str
@@ -34,7 +35,8 @@ class SaveModelRequest(_message.Message):
     max_shard_size: str
     variant: str
     keep_quantized_experts: bool
-    def __init__(self, name: _Optional[str] = ..., folder: _Optional[str] = ..., save_id: _Optional[str] = ..., probe: _Optional[bytes] = ..., way: _Optional[_Union[SaveWay, str]] = ..., max_shard_size: _Optional[str] = ..., variant: _Optional[str] = ..., keep_quantized_experts: _Optional[bool] = ...) -> None: ...
+    adapter: str
+    def __init__(self, name: _Optional[str] = ..., folder: _Optional[str] = ..., save_id: _Optional[str] = ..., probe: _Optional[bytes] = ..., way: _Optional[_Union[SaveWay, str]] = ..., max_shard_size: _Optional[str] = ..., variant: _Optional[str] = ..., keep_quantized_experts: _Optional[bool] = ..., adapter: _Optional[str] = ...) -> None: ...
 
 class SaveModelResponse(_message.Message):
     __slots__ = ("planned", "data", "progress", "warning", "finished")
