@@ -24,6 +24,13 @@ def test_threads(environment: dict[str, str], threads: str | None) -> None:
     assert environment.get("OMP_NUM_THREADS") == threads
 
 
+@pytest.mark.parametrize("said", [{}, {"GOMP_SPINCOUNT": "1000"}, {"OMP_WAIT_POLICY": "active"}])
+def test_threads_without_work_sleep_unless_somebody_says_otherwise(said: dict[str, str]) -> None:
+    environment = dict(said)
+    settle_threads(environment)
+    assert environment == (said or {"OMP_WAIT_POLICY": "passive"})
+
+
 @pytest.mark.parametrize("given", ["0", "-1", "two", "4097", "²", " 2"])
 def test_what_is_no_number_of_threads(given: str) -> None:
     with pytest.raises(InvalidRequestError, match=r"SHARDLIFT_THREADS.*from 1 to 4096"):

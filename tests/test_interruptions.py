@@ -120,11 +120,11 @@ def test_two_models_are_used_at_once(model: RemoteModel, cluster: RunningCluster
     with shardlift.connect(cluster.gateway) as client:
         other = client.load(str(folder), name="other", num_stages=2)
         try:
-            expected = [each.generate(IDS, max_new_tokens=60, do_sample=False) for each in (model, other)]
+            expected = [each.generate(IDS, max_new_tokens=24, do_sample=False) for each in (model, other)]
             assert not torch.equal(*expected)
             with concurrent.futures.ThreadPoolExecutor(4) as pool:
                 futures = [
-                    pool.submit(each.generate, IDS, max_new_tokens=60, do_sample=False) for each in (model, other) * 2
+                    pool.submit(each.generate, IDS, max_new_tokens=24, do_sample=False) for each in (model, other) * 2
                 ]
                 for future, tokens in zip(futures, expected * 2, strict=True):
                     assert torch.equal(future.result(60), tokens)
