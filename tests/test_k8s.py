@@ -66,11 +66,11 @@ needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="kubectl is not insta
 
 
 @cache
-def rendered(root: str) -> tuple[dict[str, Any], ...]:
+def rendered(root: str, k8s: Path = K8S) -> tuple[dict[str, Any], ...]:
     """The objects of a kustomize root."""
     assert KUBECTL is not None
     done = subprocess.run(
-        [KUBECTL, "kustomize", str(K8S / root)], capture_output=True, text=True, timeout=60, check=False
+        [KUBECTL, "kustomize", str(k8s / root)], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
     return tuple(yaml.safe_load_all(done.stdout))
@@ -309,6 +309,56 @@ def test_whoever_speaks_to_ray_speaks_tls_or_nobody_does(root: str) -> None:
         assert "/run/ray-ca" not in mounts, "the CA's key is where certificates are made, and nowhere else"
         assert [Path(file).name for file in given[1:]] == ["tls.crt", "tls.key", "ca.crt"]
     assert made[0]["image"] == cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["image"]
+
+
+@needs_kubectl
+@pytest.mark.parametrize(("overlay", "groups"), [("cpu", ["stages"]), ("gpu", ["mine", "yours"])])
+def test_components_are_for_any_groups(overlay: str, groups: list[str], tmp_path: Path) -> None:
+    """Whatever the groups are called, and however many they are: each has its certificates, and the cache's volume."""
+    k8s = tmp_path / "k8s"
+    shutil.copytree(K8S, k8s)
+    renamed = k8s / "overlays" / "gpu" / "raycluster.yaml"
+    text = renamed.read_text(encoding="utf-8").replace("a100-80gb", "mine").replace("l4-24gb", "yours")
+    renamed.write_text(text, encoding="utf-8")
+    components = ["secure", "tls", "ray-tls", "gcs-ft", "cache-pvc", "grafana", "autoscaling"]
+    overlay_of_mine = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [f"../{overlay}"],
+        "components": [f"../../components/{name}" for name in components],
+    }
+    (k8s / "overlays" / "mine").mkdir()
+    (k8s / "overlays" / "mine" / "kustomization.yaml").write_text(yaml.safe_dump(overlay_of_mine), encoding="utf-8")
+    (cluster,) = (each["spec"] for each in rendered("overlays/mine", k8s) if each["kind"] == "RayCluster")
+    assert [group["groupName"] for group in cluster["workerGroupSpecs"]] == groups
+    for group in cluster["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert set(RAY_TLS) <= set(env(container))
+        assert {"stage-tls", "ray-certificate"} <= {each["name"] for each in container["volumeMounts"]}
+        assert [each["name"] for each in pod["initContainers"]] == ["ray-certificate"]
+        assert pod["initContainers"][0]["image"] == container["image"]
+        assert pod["restartPolicy"] == "Never"
+        volumes = {each["name"]: each for each in pod["volumes"]}
+        assert len(volumes) == len(pod["volumes"])
+        assert {"stage-tls", "ray-ca", "ray-certificate"} <= set(volumes)
+        assert volumes["cache"] == {"name": "cache", "persistentVolumeClaim": {"claimName": "shardlift-cache"}}
+
+
+@needs_kubectl
+def test_a_job_runs_the_image_of_the_cluster_that_it_brings(tmp_path: Path) -> None:
+    k8s = tmp_path / "k8s"
+    shutil.copytree(K8S, k8s)
+    file = k8s / "job" / "cluster" / "kustomization.yaml"
+    text = file.read_text(encoding="utf-8")
+    assert "../../overlays/cpu" in text
+    file.write_text(text.replace("../../overlays/cpu", "../../overlays/gpu"), encoding="utf-8")
+    (job,) = (each["spec"] for each in rendered("job", k8s) if each["kind"] == "RayJob")
+    cluster = job["rayClusterSpec"]
+    assert len(cluster["workerGroupSpecs"]) == 2
+    pods = [group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+    images = {each["image"] for pod in (*pods, job["submitterPodTemplate"]) for each in pod["spec"]["containers"]}
+    assert images == {f"shardlift:{shardlift.__version__}-cuda"}
 
 
 @needs_kubectl
