@@ -7,6 +7,7 @@ and not load.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
 import hmac
@@ -20,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
 from google.protobuf.json_format import MessageToDict
 
 from ..proto.v1.errors import InvalidRequestError, one_line
@@ -34,6 +36,11 @@ _TYPES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/ja
 # Without the token, for they tell nothing.
 _OPEN = ("/page.css", "/login")
 _MOST_FORM_BYTES = 4096
+# For a connection's first request to come whole, for what follows it, and between one request and the next.
+_PATIENCE_S = 20.0
+# What strangers send that is no HTTP is no news.
+_server_logger = logging.getLogger(f"{__name__}.http")
+_server_logger.setLevel(logging.CRITICAL)
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -58,6 +65,9 @@ class Page:
         self._token = None if token is None else token.encode()
         self._cookie = None if token is None else _cookie_of(token)
         self._runner: web.AppRunner | None = None
+        self._listening: asyncio.Server | None = None
+        # Connections over which nothing whole has come yet.
+        self._silent: set[object] = set()
         self.url = ""
 
     async def start(self, host: str, port: int) -> str:
@@ -69,13 +79,31 @@ class Page:
         app.router.add_get("/state", self._state)
         app.router.add_get("/login", partial(_file, "login.html"))
         app.router.add_post("/login", self._login)
-        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
+        runner = web.AppRunner(
+            app,
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=1.0,
+            keepalive_timeout=_PATIENCE_S,
+            logger=_server_logger,
+        )
         await runner.setup()
+        assert runner.server is not None
+        server = runner.server
+        loop = asyncio.get_running_loop()
+
+        def connected() -> asyncio.Protocol:
+            handler = server()
+            self._silent.add(handler)
+            loop.call_later(_PATIENCE_S, self._give_up, handler)
+            return handler
+
         try:
-            site = web.TCPSite(
-                runner, host, port, ssl_context=None if self._tls is None else _server_context(self._tls)
+            context = None if self._tls is None else _server_context(self._tls)
+            patience_s = None if context is None else _PATIENCE_S
+            self._listening = await loop.create_server(
+                connected, host, port, ssl=context, ssl_handshake_timeout=patience_s
             )
-            await site.start()
         except (OSError, OverflowError) as error:
             await runner.cleanup()
             why = "another program has it" if getattr(error, "errno", 0) == errno.EADDRINUSE else one_line(error, 200)
@@ -83,11 +111,19 @@ class Page:
                 f"port {port} of {host} can't be listened on for the page: {why}; choose another with --page-port"
             ) from None
         self._runner = runner
-        bound = runner.addresses[0][1]
+        bound = self._listening.sockets[0].getsockname()[1]
         self.url = f"http{'s' * (self._tls is not None)}://{f'[{host}]' if ':' in host else host}:{bound}/"
         return self.url
 
+    def _give_up(self, handler: RequestHandler) -> None:
+        """Ends a connection that has held its place for long, and asked nothing."""
+        if handler in self._silent:
+            self._silent.discard(handler)
+            handler.force_close()
+
     async def stop(self) -> None:
+        if self._listening is not None:
+            self._listening.close()
         if self._runner is not None:
             await self._runner.cleanup()
 
@@ -99,9 +135,12 @@ class Page:
 
     async def _login(self, request: web.Request) -> web.StreamResponse:
         try:
-            form = await request.post()
-        except (ValueError, LookupError) as error:
-            # What claims to be of several parts and isn't, or in a character set that nobody knows.
+            form = await asyncio.wait_for(request.post(), _PATIENCE_S)
+        except asyncio.TimeoutError:
+            raise web.HTTPRequestTimeout(reason="the form didn't come whole") from None
+        except (ValueError, LookupError, OSError, web.RequestPayloadError) as error:
+            # What claims to be of several parts or compressed and isn't, or in a character set that nobody knows; or
+            # whose sender has gone.
             raise web.HTTPBadRequest(reason="the form can't be read") from error
         return self._let_in(str(form.get("token", "")), "/")
 
@@ -118,6 +157,7 @@ class Page:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        self._silent.discard(request.protocol)
         response = await self._guarded(request, handler)
         response.headers.update(_HEADERS)
         return response

@@ -337,6 +337,11 @@ async def raw(url: str, head: str, body: bytes = b"") -> tuple[int, str]:
         ("POST /login HTTP/1.1\r\nContent-Type: application/x-www-form-urlencoded", b"token=\xff", 400),
         ("POST /login HTTP/1.1\r\nContent-Type: application/x-www-form-urlencoded", b"token=%FF", 303),
         ("POST /login HTTP/1.1\r\nContent-Type: image/png", b"token=x", 303),
+        (
+            "POST /login HTTP/1.1\r\nContent-Encoding: gzip\r\nContent-Type: application/x-www-form-urlencoded",
+            b"no gzip",
+            400,
+        ),
     ],
 )
 async def test_what_nobody_means_is_refused_in_order(
@@ -352,6 +357,53 @@ async def test_what_nobody_means_is_refused_in_order(
     assert "Content-Security-Policy: default-src 'none'" in answer
     assert "X-Content-Type-Options: nosniff" in answer
     assert "Traceback" not in answer
+    assert caplog.text == ""
+
+
+FORM = (
+    b"POST /login HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-www-form-urlencoded\r\nContent-Length: 99\r\n\r\nt"
+)
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [(b"", b""), (b"GET / HTTP/1.1\r\nHost: x\r\n", b""), (b"\x16\x03\x01", b"HTTP/1.0 400"), (FORM, b"HTTP/1.1 408")],
+)
+async def test_who_asks_nothing_whole_is_not_waited_for(
+    sent: bytes, status: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("shardlift.cluster.page._PATIENCE_S", 0.3)
+    page = Page(MadeUp(made_up()), "the token")
+    await page.start("127.0.0.1", 0)
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", urllib.parse.urlsplit(page.url).port)
+        writer.write(sent)
+        assert (await asyncio.wait_for(reader.read(12), 5)) == status
+        writer.close()
+        # One that asks keeps its place, as long as it goes on.
+        reader, writer = await asyncio.open_connection("127.0.0.1", urllib.parse.urlsplit(page.url).port)
+        for _ in range(6):
+            writer.write(b"HEAD /login HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+            await asyncio.sleep(0.1)
+        writer.close()
+    finally:
+        await page.stop()
+    assert caplog.text == ""
+
+
+async def test_who_leaves_in_the_middle_of_a_form_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+    page = Page(MadeUp(made_up()), "the token")
+    await page.start("127.0.0.1", 0)
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", urllib.parse.urlsplit(page.url).port)
+        writer.write(FORM)
+        await writer.drain()
+        await asyncio.sleep(0.1)
+        writer.transport.abort()
+        await asyncio.sleep(0.2)
+    finally:
+        await page.stop()
     assert caplog.text == ""
 
 
