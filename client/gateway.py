@@ -158,7 +158,7 @@ def target(address: str | None, token: str | None, *, start: bool, tls: TLS | No
             )
         # What it speaks is known, whatever the environment says of others.
         found = channel.as_recorded(local.address)
-        token = token or os.environ.get("SHARDLIFT_TOKEN") or local.token
+        token = token or own_token() or local.token
     found = channel.normalize(found, tls)
     return found, token or token_for(found)
 
@@ -187,9 +187,14 @@ def reopen(address: str, timeout_s: float = channel.CONNECT_TIMEOUT_S, retry_s: 
     return Gateway(address, token_for(address), timeout_s, retry_s)
 
 
+def own_token() -> str | None:
+    """$SHARDLIFT_TOKEN, if it says anything; without the line end that a Secret made from a file has."""
+    return os.environ.get("SHARDLIFT_TOKEN", "").strip() or None
+
+
 def token_for(address: str) -> str | None:
     """The token that this process finds for the gateway at `address`."""
-    if token := os.environ.get("SHARDLIFT_TOKEN"):
+    if token := own_token():
         return token
     local = instance.recorded()
     return local.token if local is not None and channel.is_same(local.address, address) else None

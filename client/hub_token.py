@@ -13,11 +13,12 @@ def hub_token(token: str | bool | None, address: str) -> str | None:
 
     A token that is passed as a string always goes, with a warning where it would travel in plain text; the one of this
     environment (HF_TOKEN, or `hf auth login`) goes to a gateway on this machine alone; `False` sends none. Raises
-    InvalidRequestError for `True` where there is none, or where it would travel.
+    InvalidRequestError for `True` where there is none, or where it would travel, and as `cleaned`.
     """
     if isinstance(token, str):
-        warn_of_plain_text(address, token or None, "Hub token")
-        return token or None
+        token = cleaned(token) or None
+        warn_of_plain_text(address, token, "Hub token")
+        return token
     if token is False:
         return None
     if not is_loopback(address):
@@ -33,4 +34,13 @@ def hub_token(token: str | bool | None, address: str) -> str | None:
     found = get_token()
     if token and not found:
         raise InvalidRequestError("token=True, but there is no Hub token here: set HF_TOKEN or run `hf auth login`")
-    return found
+    return None if found is None else cleaned(found)
+
+
+def cleaned(token: str) -> str:
+    """`token` without the line end of the file that it was read from. Raises InvalidRequestError, without the token in
+    it, for one that no header can carry: whoever sends such a one fails with it in the error."""
+    token = token.strip()
+    if not token.isascii() or not token.isprintable():
+        raise InvalidRequestError("the Hub token has characters that a header can't carry: read it again")
+    return token

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ..proto.v1.errors import AuthenticationError, SaveError, one_line
+from .hub_token import cleaned
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -29,11 +30,13 @@ def push_folder(
 
     older: patterns of the names of files that these replace; those that the repository has are removed. token: as
     huggingface_hub takes it; by default that of this environment. Raises AuthenticationError where the Hub refuses it,
-    and SaveError for all else that fails.
+    InvalidRequestError where no header can carry it, and SaveError for all else that fails.
     """
     # Lazily: only who pushes needs it.
     from huggingface_hub import HfApi
 
+    if isinstance(token, str):
+        token = cleaned(token)
     api = HfApi(token=token)
     with _told(repo_id, token):
         full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -22,10 +22,10 @@ import torch
 import transformers
 
 import shardlift
-from shardlift.client import channel, hub_token, instance, jsonable, options
+from shardlift.client import channel, hub_token, instance, jsonable, options, pushing
 from shardlift.client.handle import RemoteCache, RemoteModel
 from shardlift.client.values import LoadStarted, LoadWarning, ModelInfo, Plan, StagePlaced, StageProgress
-from shardlift.proto.v1 import errors, generator_state, inference_pb2, registry_pb2, status, wire
+from shardlift.proto.v1 import errors, generator_state, inference_pb2, limits, registry_pb2, status, wire
 from shardlift.proto.v1.tensor_pb2 import Tensor
 from tests.support.scripted_gateway import ScriptedGateway
 
@@ -225,6 +225,14 @@ def test_a_token_that_no_header_can_carry() -> None:
     with pytest.raises(errors.AuthenticationError) as caught:
         shardlift.connect("127.0.0.1:1", token="se\ncret")
     assert "cret" not in str(caught.value)
+
+
+def test_a_token_of_the_environment_may_have_its_files_line_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a Secret has that was made from a file; the gateway reads its own without."""
+    monkeypatch.setenv("SHARDLIFT_TOKEN", "secret\n")
+    with ScriptedGateway(token="secret") as gateway, shardlift.connect(gateway.address) as client:
+        gateway.answer("ListModels", registry_pb2.ListModelsResponse())
+        assert client.models() == []
 
 
 def test_address_and_token_of_the_local_instance(tmp_path: Path) -> None:
@@ -619,12 +627,28 @@ def test_jsonable() -> None:
         (None, "127.0.0.1:1", "hf_ambient"),
         (True, "127.0.0.1:1", "hf_ambient"),
         (False, "127.0.0.1:1", None),
+        # As it was read from a file.
+        ("hf_mine\n", "127.0.0.1:1", "hf_mine"),
+        (" \n", "127.0.0.1:1", None),
     ],
 )
 def test_hub_token(token: Any, address: str, sent: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_DISABLE_IMPLICIT_TOKEN")
     monkeypatch.setenv("HF_TOKEN", "hf_ambient")
     assert hub_token.hub_token(token, address) == sent
+
+
+@pytest.mark.parametrize("token", ["hf_my\nsecret", "hf_mysecr\u200bet"])
+def test_a_hub_token_that_no_header_can_carry_is_told_nowhere(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(errors.InvalidRequestError, match="characters that a header can't carry") as caught:
+        hub_token.hub_token(token, "127.0.0.1:1")
+    assert "hf_my" not in str(caught.value)
+    # Whoever speaks to the gateway otherwise is refused there.
+    with pytest.raises(errors.InvalidRequestError, match="characters that a header can't carry") as caught:
+        limits.check_source(registry_pb2.ModelSource(path="org/name", token=token))
+    assert "hf_my" not in str(caught.value)
+    with pytest.raises(errors.InvalidRequestError, match="characters that a header can't carry"):
+        pushing.push_folder("folder", [], "org/name", older=[], token=token)
 
 
 def test_hub_token_never_travels_unasked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,6 +192,28 @@ def test_plan_draws_the_cluster(gateway: ScriptedGateway, tmp_path: Path) -> Non
     assert "the picture can't be written" in failed.stderr
 
 
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"", "is empty"), (b" \n", "is empty"), (b"\xff\xfe\x00", "can't be read")]
+)
+@pytest.mark.parametrize("option", ["--token-file", "--hf-token-file"])
+def test_a_file_that_holds_no_token_is_refused(
+    option: str, content: bytes, said: str, gateway: ScriptedGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not passed over: the environment's token, which would go in its place, is another's."""
+    monkeypatch.setenv("HF_TOKEN", "hf_ambient")
+    (tmp_path / "token").write_bytes(content)
+    failed = run("plan", "org/tiny", option, str(tmp_path / "token"))
+    assert (failed.exit_code, gateway.calls) == (2, [])
+    assert f"{tmp_path / 'token'} {said}" in " ".join(failed.stderr.split())
+
+
+def test_a_token_file_of_another_system_is_read(gateway: ScriptedGateway, tmp_path: Path) -> None:
+    (tmp_path / "token").write_bytes(b"\xef\xbb\xbfhf_mine\r\n")
+    gateway.answer("PlanModel", registry_pb2.PlanModelResponse(plan=PLAN))
+    assert run("plan", "org/tiny", "--hf-token-file", str(tmp_path / "token")).exit_code == 0
+    assert gateway.calls[0].request.source.token == "hf_mine"
+
+
 def test_every_flag_arrives(gateway: ScriptedGateway, tmp_path: Path) -> None:
     (tmp_path / "hub").write_text("hf_mine\n")
     gateway.answer("PlanModel", registry_pb2.PlanModelResponse(plan=PLAN))

@@ -214,6 +214,9 @@ def test_hubs(monkeypatch: pytest.MonkeyPatch) -> None:
     with hub_that_answers(401) as (endpoint, _):
         assert ask(endpoint, "hf_secret")[0] == "fail"
         assert ask(endpoint, "") == ("ok", f"{endpoint} answers; no token is set, which gated models need")
+    with hub_that_answers(200) as (endpoint, asked):
+        verdict, finding = ask(endpoint, "hf_secr\u200bet")
+        assert (verdict, finding.endswith("has characters that a header can't carry"), asked) == ("fail", True, [])
     with hub_that_answers(503) as (endpoint, _):
         assert ask(endpoint, "")[0] == "warn"
     verdict, finding = ask("http://127.0.0.1:9", "hf_secret")

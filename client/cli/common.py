@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from ...proto.v1.errors import one_line
 from ..connection import Client, connect, connect_or_start
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -179,5 +180,14 @@ def _limits(texts: tuple[str, ...]) -> dict[str, Any]:
 
 
 def read_secret(path: str | None) -> str | None:
-    """What the file holds, if there is one."""
-    return None if path is None else Path(path).read_text(encoding="utf-8").strip() or None
+    """What the file holds, if one is named. An empty one is refused: another token than the one asked for must not take
+    its place."""
+    if path is None:
+        return None
+    try:
+        secret = Path(path).read_text(encoding="utf-8-sig").strip()
+    except (OSError, ValueError) as error:
+        raise click.UsageError(f"{path} can't be read: {one_line(error)}.") from None
+    if not secret:
+        raise click.UsageError(f"{path} is empty: write the token into it, or leave the option out.")
+    return secret

@@ -93,6 +93,9 @@ def hub() -> Hub:
     if seen.is_offline:
         return seen
     token = get_token()
+    if token and not (token.isascii() and token.isprintable()):
+        # What would be said of the attempt may have it in it.
+        return replace(seen, has_token=True, is_token_broken=True)
     headers = {"authorization": f"Bearer {token}"} if token else {}
     began_s = time.monotonic()
     try:

@@ -20,13 +20,14 @@ class Disk:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hub:
     """How the Hub answered. status: of HTTP; 0 where nobody did, for the `problem`. proxies: names of variables that
-    are set. has_token: whether one was sent; it is told nowhere."""
+    are set. has_token: whether one was sent; it is told nowhere. is_token_broken: one that could not be sent."""
 
     endpoint: str
     status: int = 0
     seconds: float = 0.0
     problem: str = ""
     has_token: bool = False
+    is_token_broken: bool = False
     is_offline: bool = False
     proxies: tuple[str, ...] = ()
 

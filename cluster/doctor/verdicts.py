@@ -147,6 +147,13 @@ def hub(seen: Hub) -> Finding:
     """Whether checkpoints can be had from the Hub here."""
     if seen.is_offline:
         return Finding(check="hub", verdict="ok", finding="HF_HUB_OFFLINE is set: nobody asks a Hub here")
+    if seen.is_token_broken:
+        return Finding(
+            check="hub",
+            verdict="fail",
+            finding="the token that is set here has characters that a header can't carry",
+            remedy="copy it anew from the Hub's settings page, and set HF_TOKEN to it; or unset it for public models",
+        )
     through = f" through {', '.join(seen.proxies)}" if seen.proxies else ""
     where = f"{seen.endpoint}{through}"
     if not seen.status:

@@ -184,6 +184,9 @@ def check_source(source: registry_pb2.ModelSource) -> None:
     _characters("cache_dir", source.cache_dir, MOST_PATH_CHARACTERS)
     for field in ("revision", "subfolder", "variant", "token", "hub_endpoint"):
         _characters(field, getattr(source, field), MOST_WORD_CHARACTERS)
+    if not (source.token.isascii() and source.token.isprintable()):
+        # Whoever sends it to the Hub would be told so with the token beside it.
+        raise InvalidRequestError("the Hub token has characters that a header can't carry: read it again")
 
 
 def check_save(request: saving_pb2.SaveModelRequest) -> None:
