@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import cast
 
 from ..proto.v1 import registry_pb2
 from ..worker import metrics
@@ -59,21 +59,17 @@ class GatewayNumbers:
         self.lost_stages[model] += stages
         self.recovery_seconds[model] = self.recovery_seconds.get(model, 0.0) + seconds
 
-    def export(self, exporter: metrics.Exporter, states: Iterable[registry_pb2.ModelState]) -> None:
-        """states: of the models that there are."""
+    def export(self, exporter: metrics.Exporter, states: Mapping[str, registry_pb2.ModelState]) -> None:
+        """states: of the models that there are, by their names. What may happen to one is told as 0 before it has."""
         for (model, method, outcome), count in self.requests.items():
             exporter.total(metrics.REQUESTS, count, model=model, method=method, outcome=outcome)
-        for (model, outcome), count in self.loads.items():
-            exporter.total(metrics.LOADS, count, model=model, outcome=outcome)
-        totals: list[tuple[metrics.Metric, Any]] = [
-            (metrics.RECOVERIES, self.recoveries),
-            (metrics.LOST_STAGES, self.lost_stages),
-            (metrics.RECOVERY_SECONDS, self.recovery_seconds),
-        ]
-        for metric, of_models in totals:
-            for model, total in of_models.items():
-                exporter.total(metric, total, model=model)
-        found = Counter(states)
+        for model in {*states, *(model for model, _ in self.loads), *self.recoveries}:
+            for outcome in metrics.LOAD_OUTCOMES:
+                exporter.total(metrics.LOADS, self.loads[model, outcome], model=model, outcome=outcome)
+            exporter.total(metrics.RECOVERIES, self.recoveries[model], model=model)
+            exporter.total(metrics.LOST_STAGES, self.lost_stages[model], model=model)
+            exporter.total(metrics.RECOVERY_SECONDS, self.recovery_seconds.get(model, 0.0), model=model)
+        found = Counter(states.values())
         for number in registry_pb2.ModelState.values():
             state = cast(registry_pb2.ModelState, number)
             if state != registry_pb2.MODEL_STATE_UNSPECIFIED:

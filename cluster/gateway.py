@@ -148,7 +148,7 @@ class Gateway:
         exporter = metrics.Exporter(ray_metrics, {})
         while True:
             try:
-                states = [info.state for info in self.registry.models()]
+                states = {info.name: info.state for info in self.registry.models()}
                 self.registry.numbers.export(exporter, states)
             except Exception:
                 # The gateway serves, whatever becomes of its metrics.

@@ -10,6 +10,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,22 @@ tracing.flush()
     assert failing.parent_span_id == b"", "what isn't a traceparent begins a trace"
     assert failing.status.message == "why not"
     assert attributes(failing)["error.type"] == "ValueError"
+
+
+def test_a_receiver_that_does_not_answer_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The SDK's own limit of a flush is none: it tries until its exporter gives up."""
+    over = threading.Event()
+
+    class Stuck:
+        def force_flush(self, *_: object) -> None:
+            over.wait(60)
+
+    monkeypatch.setattr(tracing, "_provider", Stuck())
+    monkeypatch.setattr(tracing, "_FLUSH_S", 0.2)
+    begun = time.monotonic()
+    tracing.flush()
+    assert time.monotonic() - begun < 5
+    over.set()
 
 
 # -- the whole way ----------------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ _PULSES = 6
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 _STAGE = ("model", "stage", "node", "device")
+GENERATION_OUTCOMES = ("stop", "length", "cancelled", "failed")
+LOAD_OUTCOMES = ("ready", "failed", "cancelled")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +98,7 @@ GENERATED_TOKENS = Metric(
 GENERATIONS = Metric(
     name="shardlift_generations_total",
     kind="counter",
-    about="Generations that ended, by outcome: stop, length, cancelled, failed (last stage).",
+    about=f"Generations that ended, by outcome: {', '.join(GENERATION_OUTCOMES)} (last stage).",
     labels=(*_STAGE, "outcome"),
 )
 QUEUE_SECONDS = Metric(
@@ -129,7 +131,7 @@ REQUESTS = Metric(
 LOADS = Metric(
     name="shardlift_loads_total",
     kind="counter",
-    about="Loads that ended, by outcome: ready, failed, cancelled (gateway).",
+    about=f"Loads that ended, by outcome: {', '.join(LOAD_OUTCOMES)} (gateway).",
     labels=("model", "outcome"),
 )
 LOST_STAGES = Metric(
@@ -229,12 +231,17 @@ class Exporter:
         self._told: dict[tuple[str, tuple[str, ...]], float] = {}
 
     def total(self, metric: Metric, total: float, **labels: str) -> None:
-        """A counter's value so far; what it has grown by is told."""
+        """A counter's value so far; what it has grown by is told. One that hasn't grown yet is told as 0: Prometheus
+        sees no growth in a counter that begins with its first count."""
         key = (metric.name, tuple(labels.values()))
         grown = total - self._told.get(key, 0)
         if grown > 0:
             self._told[key] = total
             self._of(metric).inc(grown, tags=self._labels | labels)
+        elif key not in self._told:
+            self._told[key] = 0
+            # `inc` itself takes no zero.
+            self._of(metric)._record(0.0, tags=self._labels | labels)
 
     def value(self, metric: Metric, value: float, **labels: str) -> None:
         self._of(metric).set(value, tags=self._labels | labels)
@@ -264,8 +271,8 @@ class Exporter:
         self.value(SESSIONS, status.waiting, state="waiting")
         self.total(PROMPT_TOKENS, status.prompt_tokens)
         self.total(GENERATED_TOKENS, status.generated_tokens)
-        for outcome, count in list(numbers.generations.items()):
-            self.total(GENERATIONS, count, outcome=outcome)
+        for outcome in GENERATION_OUTCOMES:
+            self.total(GENERATIONS, numbers.generations[outcome], outcome=outcome)
         self.drain(QUEUE_SECONDS, numbers.queue_s)
         self.drain(FIRST_TOKEN_SECONDS, numbers.first_token_s)
         self.drain(TOKEN_SECONDS, numbers.token_s)

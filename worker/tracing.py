@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from types import TracebackType
 from typing import Any
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 # The header of a gRPC call that carries it.
 TRACEPARENT = "traceparent"
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-_FLUSH_MS = 2_000
+_FLUSH_S = 2.0
 
 _provider: Any = None
 _tracer: Any = None
@@ -120,7 +121,10 @@ def configure(service: str, **attributes: str) -> bool:
 def flush() -> None:
     """Sends what waits. Blocking, for 2 s at most."""
     if _provider is not None:
-        _provider.force_flush(_FLUSH_MS)
+        # In a thread that may be left behind: the SDK goes on trying a receiver that is not there, whatever its limit.
+        sending = threading.Thread(target=_provider.force_flush, name="flush-spans", daemon=True)
+        sending.start()
+        sending.join(_FLUSH_S)
 
 
 def _start(name: str, parent: str, attributes: dict[str, Any], **times: int) -> Any:
