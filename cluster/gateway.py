@@ -250,6 +250,7 @@ class _RegistryService(registry_pb2_grpc.ModelRegistryServiceServicer):
         self, request: registry_pb2.DescribeClusterRequest, context: grpc.aio.ServicerContext
     ) -> registry_pb2.DescribeClusterResponse:
         try:
+            limits.check_model(request.model)
             return registry_pb2.DescribeClusterResponse(cluster=await self._lookout.view(request.model))
         except Exception as error:
             return await _abort(context, error, request.model)

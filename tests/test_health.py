@@ -12,6 +12,8 @@ from shardlift.cluster.gateway_options import GatewayOptions
 from shardlift.proto.v1 import registry_pb2, registry_pb2_grpc
 from tests.support import gateway
 
+REFLECTION = "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+
 
 async def test_services_are_healthy_by_their_names() -> None:
     async with gateway.serve(GatewayOptions()) as address, grpc.aio.insecure_channel(address) as channel:
@@ -22,6 +24,18 @@ async def test_services_are_healthy_by_their_names() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as unknown:
             await health.Check(health_pb2.HealthCheckRequest(service="shardlift.v1.Nothing"))
         assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+@pytest.mark.parametrize("method", ["grpc.health.v1.Health/Check", "grpc.health.v1.Health/Watch", REFLECTION])
+async def test_grpcs_own_services_refuse_what_is_no_message(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with gateway.serve(GatewayOptions()) as address, grpc.aio.insecure_channel(address) as channel:
+        call = channel.stream_stream(f"/{method}")(iter([b"\xff\xff"]), timeout=10)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in call:
+                pass
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "can't be read" in str(caught.value.details())
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 async def test_an_error_names_the_model() -> None:

@@ -269,6 +269,7 @@ EXCESSES: list[tuple[str, str, Request, grpc.StatusCode, str]] = [
         )
         for seconds in (float("nan"), -1.0, float("inf"), 86_401.0)
     ),
+    ("a shown name", "DescribeCluster", lambda: registry_pb2.DescribeClusterRequest(model="x" * 257), INVALID, "257"),
     ("a watched name", "WatchCluster", lambda: registry_pb2.WatchClusterRequest(model="x" * 257), INVALID, "257"),
     (
         "a node",

@@ -15,6 +15,8 @@ from .errors import AuthenticationError, InvalidRequestError
 from .status import to_status
 
 Request = TypeVar("Request")
+# Services that come with gRPC, whose code looks at no request before it uses it.
+_GRPCS_OWN = "/grpc."
 
 
 async def abort(context: grpc.aio.ServicerContext, error: BaseException, model: str = "") -> NoReturn:
@@ -87,7 +89,8 @@ class Checked(Generic[Request]):
 
 class TolerantReading(grpc.aio.ServerInterceptor):
     """Has requests that are no messages come as Malformed, where gRPC would end the call with UNKNOWN and log a
-    traceback. `readable` and `Checked` then refuse them with INVALID_ARGUMENT; of unary calls, this does."""
+    traceback. `readable` and `Checked` then refuse them with INVALID_ARGUMENT; of unary calls, and of gRPC's own
+    services (health, reflection), this does."""
 
     async def intercept_service(
         self,
@@ -100,6 +103,11 @@ class TolerantReading(grpc.aio.ServerInterceptor):
         tolerant = handler._replace(request_deserializer=_tolerant(handler.request_deserializer))
         if tolerant.unary_unary is not None:
             tolerant = tolerant._replace(unary_unary=_refusing(tolerant.unary_unary))
+        elif details.method.startswith(_GRPCS_OWN):
+            if tolerant.unary_stream is not None:
+                tolerant = tolerant._replace(unary_stream=_refusing(tolerant.unary_stream))
+            elif tolerant.stream_stream is not None:
+                tolerant = tolerant._replace(stream_stream=_refusing_among(tolerant.stream_stream))
         return tolerant
 
 
@@ -111,6 +119,17 @@ def _tolerant(read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             return Malformed(error)
 
     return tolerant
+
+
+def _refusing_among(behaviour: Callable[[Any, Any], AsyncIterator[Any]]) -> Callable[[Any, Any], AsyncIterator[Any]]:
+    async def refusing(requests: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        try:
+            async for response in behaviour(Checked(requests, lambda request: None), context):
+                yield response
+        except InvalidRequestError as error:
+            await abort(context, error)
+
+    return refusing
 
 
 def _refusing(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
