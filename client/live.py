@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _BAR = 12  # characters
 _EVENTS = 8
+# Wider than any table.
+_ANY_WIDTH = 10_000
 
 
 def follow(views: Iterable[ClusterView]) -> None:
@@ -55,9 +57,20 @@ def _redraw(views: Iterable[ClusterView]) -> None:
 def picture(view: ClusterView) -> RenderableType:
     """What a terminal shows of a view: the model, its stages, what has happened."""
     from rich import box
-    from rich.console import Group
+    from rich.console import Console, ConsoleOptions, Group, RenderResult
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
+
+    class Fitting:
+        """A table where it has room, else `lines`: columns that are cut to nothing tell nothing."""
+
+        def __init__(self, table: Table, lines: RenderableType) -> None:
+            self._table, self._lines = table, lines
+
+        def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+            wanted = Measurement.get(console, options.update(width=_ANY_WIDTH), self._table).maximum
+            yield self._table if wanted <= options.max_width else self._lines
 
     parts: list[RenderableType] = []
     for model in view.models:
@@ -77,7 +90,8 @@ def picture(view: ClusterView) -> RenderableType:
                 size(stage.resident_bytes),
                 *(_progress(stage) if loading else _use(stage)),
             )
-        parts += [table, Text(_activity(model))]
+        lines = [Text(f"{model.name}: {_head(model)}"), *(Text(_stage(stage, loading)) for stage in model.stages)]
+        parts += [Fitting(table, Group(*lines)), Text(_activity(model))]
         if model.reason:
             parts.append(Text(model.reason))
     if view.events:
@@ -115,6 +129,16 @@ def _line(model: ModelView) -> str:
     missing = [str(stage.index) for stage in model.stages if not stage.answers]
     text += f"; no answer from stage {', '.join(missing)}" if missing else ""
     return f"{text}; {model.reason}" if model.reason else text
+
+
+def _stage(stage: StageView, loading: bool) -> str:
+    """A row of the table, for a terminal that is too narrow for one."""
+    layers = f"layers {stage.first_layer}–{stage.last_layer}"
+    text = f"stage {stage.index} on {stage.place}, {layers}, {size(stage.resident_bytes)}: "
+    if loading:
+        return text + " ".join(_progress(stage))
+    use, sessions = _use(stage)
+    return text + (f"{use}, {sessions} sessions" if sessions else use)
 
 
 def _use(stage: StageView) -> tuple[str, str]:

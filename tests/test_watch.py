@@ -86,6 +86,20 @@ def test_a_terminal_gets_a_picture() -> None:
     assert "loading for 3 s" in loading
 
 
+@pytest.mark.parametrize("width", [20, 40, 60, 72])
+def test_a_narrow_terminal_loses_nothing(width: int) -> None:
+    """A table has no room there: its columns would be cut until a stage has neither number nor size."""
+    for shown, told in ((READY, "1.00 GiB of 4.00 GiB, 1 sessions"), (LOADING, "1.00 GiB of 4.00 GiB at 200.0 MB/s")):
+        console = Console(file=io.StringIO(), width=width, record=True)
+        console.print(picture(ClusterView.from_proto(shown)))
+        text = console.export_text()
+        assert max(map(len, text.splitlines())) <= width
+        assert "…" not in text
+        words = " ".join(text.split())
+        assert "stage 0 on 10.0.0.7/cuda:0, layers 0–9" in words
+        assert told in words
+
+
 # -- the client -------------------------------------------------------------------------------------------------------
 
 
