@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 ACTOR_NAME = "controller"
 # Ray gives this resource to the head node alone.
 _HEAD_RESOURCE = "node:__internal_head__"
+_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "SHARDLIFT_TOKEN")
 _START_TIMEOUT_S = 170.0
 # A stop takes the grace, and then what giving back takes.
 _STOP_TIMEOUT_S = 30.0
@@ -119,6 +120,7 @@ def start_controller(options: GatewayOptions) -> Running:
 
     Raises InvalidRequestError where it can't listen.
     """
+    others = _secrets_of_this_job()
     controller = ray.remote(Controller).options(
         name=ACTOR_NAME,
         namespace=NAMESPACE,
@@ -128,6 +130,7 @@ def start_controller(options: GatewayOptions) -> Running:
         resources={_HEAD_RESOURCE: 0.001},
         max_restarts=-1,
         max_concurrency=1000,
+        **({"runtime_env": {"env_vars": dict.fromkeys(others, "")}} if others else {}),
     )
     handle = controller.remote(options)
     try:
@@ -138,6 +141,13 @@ def start_controller(options: GatewayOptions) -> Running:
         raise InvalidRequestError(
             f"the gateway could not start on {options.host}:{options.port}: {_last_line(error)}"
         ) from None
+
+
+def _secrets_of_this_job() -> list[str]:
+    """Variables with secrets that this process's job has of its own (`runtime_env`). Ray hands them to what the job
+    starts, and that to what it starts: a gateway that outlives the job would go on with its Hub token for everybody."""
+    given: dict[str, str] = ray.get_runtime_context().runtime_env.get("env_vars") or {}
+    return [name for name in _SECRETS if given.get(name)]
 
 
 def _ask(handle: Any) -> Running:

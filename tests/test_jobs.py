@@ -188,6 +188,29 @@ print(json.dumps(left))
 """
 
 
+TOKENS = """
+import json, os, ray
+ray.init(address="auto", namespace="shardlift", log_to_driver=False, logging_level="ERROR")
+gateway = ray.get_actor("controller", namespace="shardlift")
+variables = ray.get(gateway.__ray_call__.remote(lambda self: dict(os.environ)))
+print(json.dumps({name: value for name, value in variables.items() if name in ("HF_TOKEN", "SHARDLIFT_TOKEN", "MINE")}))
+"""
+
+
+def test_a_gateway_that_a_job_starts_keeps_nothing_secret_of_it(head: tuple[str, dict[str, str]]) -> None:
+    """It outlives the job, and serves others: the job's Hub token is for the job's own loads, which send it along."""
+    assert run(head, str(BIN / "shardlift"), "down", "--ray-address", "auto").returncode == 0
+    jobs = job_client(*head)
+    variables = {"HF_TOKEN": "hf_the_jobs", "SHARDLIFT_TOKEN": "the-jobs", "MINE": "kept"}
+    job = jobs.submit_job(entrypoint="shardlift up --ray-address auto", runtime_env={"env_vars": variables})
+    assert settled(jobs, job) == "SUCCEEDED", jobs.get_job_logs(job)
+    looked = run(head, sys.executable, "-c", TOKENS)
+    assert looked.returncode == 0, looked.stderr
+    assert json.loads(looked.stdout) == {"HF_TOKEN": "", "SHARDLIFT_TOKEN": "", "MINE": "kept"}
+    # For the tests that follow: one that wants no token.
+    assert run(head, str(BIN / "shardlift"), "down", "--ray-address", "auto").returncode == 0
+
+
 def test_a_job_whose_load_fails_has_failed(head: tuple[str, dict[str, str]], jobs: JobSubmissionClient) -> None:
     job = jobs.submit_job(entrypoint="shardlift load /no/such/folder --name never")
     assert settled(jobs, job) == "FAILED"
