@@ -378,8 +378,15 @@ def _forget(instance: Instance) -> None:
 @contextlib.contextmanager
 def _lock() -> Iterator[None]:
     # Two processes that find no instance at the same moment start one between them.
-    home().mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (home() / "lock").open("w") as file:
+    try:
+        home().mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = (home() / "lock").open("w")
+    except OSError as error:
+        raise InvalidRequestError(
+            f"the folder of the local instance, {home()}, can't be written: {error.strerror}; set SHARDLIFT_HOME to "
+            "one that can"
+        ) from None
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -207,6 +207,29 @@ def test_a_file_that_holds_no_token_is_refused(
     assert f"{tmp_path / 'token'} {said}" in " ".join(failed.stderr.split())
 
 
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1", "86401"])
+@pytest.mark.parametrize(
+    "command",
+    [("up", "--grace"), ("drain", "a-node", "--timeout"), ("doctor", "--timeout"), ("load", "x", "--idle-timeout")],
+)
+def test_seconds_are_a_number(command: tuple[str, ...], seconds: str, gateway: ScriptedGateway) -> None:
+    """A gateway with a grace of nan could not be stopped again."""
+    failed = run(*command, seconds)
+    assert (failed.exit_code, gateway.calls) == (2, [])
+    assert command[-1] in failed.stderr
+
+
+@pytest.mark.parametrize("command", ["up", "down"])
+def test_a_home_that_cannot_be_written_is_told(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SHARDLIFT_HOME", str(tmp_path / "file" / "home"))
+    failed = run(command)
+    assert failed.exit_code == 1
+    (line,) = failed.stderr.splitlines()
+    assert line.startswith(f"error: the folder of the local instance, {tmp_path}/file/home, can't be written: ")
+    assert "SHARDLIFT_HOME" in line
+
+
 def test_a_token_file_of_another_system_is_read(gateway: ScriptedGateway, tmp_path: Path) -> None:
     (tmp_path / "token").write_bytes(b"\xef\xbb\xbfhf_mine\r\n")
     gateway.answer("PlanModel", registry_pb2.PlanModelResponse(plan=PLAN))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,19 @@ from ...proto.v1.errors import one_line
 from ..connection import Client, connect, connect_or_start
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Seconds(click.FloatRange):
+    """A number of seconds, of a day at most; over 0 where `min_open`."""
+
+    def __init__(self, *, min_open: bool = False) -> None:
+        super().__init__(0, 86_400, min_open=min_open)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if math.isnan(seconds):  # of which no comparison says that it is out of range
+            self.fail(f"{value} is no number of seconds.", param, ctx)
+        return seconds
 
 
 def print_json(values: Mapping[str, Any] | list[Any]) -> None:

@@ -10,7 +10,7 @@ import click
 from .. import doctor as examination
 from ..nodes import Finding
 from ..render import finding_lines
-from .common import as_json, gateway, print_json, read_secret
+from .common import Seconds, as_json, gateway, print_json, read_secret
 
 
 @click.command()
@@ -18,7 +18,7 @@ from .common import as_json, gateway, print_json, read_secret
 @click.option(
     "--timeout",
     "timeout_s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(min_open=True),
     default=60.0,
     show_default=True,
     metavar="SECONDS",

@@ -8,7 +8,7 @@ import click
 
 from ...proto.v1.errors import ShardliftError, one_line
 from .. import instance
-from .common import as_json, print_json
+from .common import Seconds, as_json, print_json
 
 
 @click.command()
@@ -41,7 +41,7 @@ from .common import as_json, print_json
 @click.option(
     "--grace",
     "grace_s",
-    type=click.FloatRange(min=0),
+    type=Seconds(),
     metavar="SECONDS",
     help="For how long running calls may go on when the gateway is stopped. [default: 30]",
 )

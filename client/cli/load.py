@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ..render import LoadProgress, show_model
-from .common import as_json, checkpoint, checkpoint_arguments, gateway, open_client, print_json
+from .common import Seconds, as_json, checkpoint, checkpoint_arguments, gateway, open_client, print_json
 from .ending import ended_by_sigterm
 
 _AS_GIVEN = ("staging_budget", "connections", "max_sessions", "max_waiting", "idle_timeout_s", "trace")
@@ -25,7 +25,7 @@ _AS_GIVEN = ("staging_budget", "connections", "max_sessions", "max_waiting", "id
 @click.option(
     "--idle-timeout",
     "idle_timeout_s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(min_open=True),
     metavar="SECONDS",
     help="End a session that nothing comes for. [default: 600]",
 )

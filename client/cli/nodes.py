@@ -6,7 +6,7 @@ import click
 
 from ..nodes import StageMove
 from ..render import show_nodes
-from .common import as_json, gateway, open_client, print_json
+from .common import Seconds, as_json, gateway, open_client, print_json
 
 
 @click.command("nodes")
@@ -27,7 +27,7 @@ def list_nodes(address: str | None, token_file: str | None, json_: bool) -> None
 @click.option(
     "--timeout",
     "timeout_s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(min_open=True),
     metavar="SECONDS",
     help="Give up moves that take longer. [default: none]",
 )
