@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 import os
 import signal
 import sys
 import time
 from typing import Any
 
-from ..proto.v1.errors import GatewayUnavailableError, InternalError, one_line
+from ..proto.v1.errors import GatewayUnavailableError, InternalError
 from ..proto.v1.status import to_error
 from .instance_file import is_ours, read_instance
 
@@ -60,12 +59,9 @@ def stop_gateway(ray_address: str) -> dict[str, Any]:
     import ray
 
     from .controller import stop_controller
-    from .placement import NAMESPACE
+    from .joining import join
 
-    try:
-        ray.init(address=ray_address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise GatewayUnavailableError(f"no Ray cluster answers at {ray_address}: {one_line(error, 300)}") from None
+    join(ray_address)
     try:
         return {"address": stop_controller(unload=False), "ray_address": ray.get_runtime_context().gcs_address}
     finally:

@@ -25,7 +25,7 @@ from typing import Any
 import ray
 
 from ..proto.v1.credentials import check
-from ..proto.v1.errors import GatewayUnavailableError, InvalidRequestError, one_line
+from ..proto.v1.errors import InvalidRequestError
 from ..proto.v1.status import to_error
 from ..proto.v1.tls import gateway_tls, stage_tls
 from ..worker import logs
@@ -33,6 +33,7 @@ from .auth import check_token, is_loopback, keep_token
 from .controller import Running, running_controller, start_controller, stop_controller
 from .gateway_options import GRACE_S, GatewayOptions
 from .instance_file import home
+from .joining import join
 from .placement import NAMESPACE
 from .ports import check_ports, given, parse_page_port, with_ports
 
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger(_PACKAGE).addHandler(told)
         asked = replace(_gateway_options(options), log=log, log_file=str(home() / "gateway.log"))
         if options.ray_address:
-            _join(options.ray_address)
+            join(options.ray_address)
         else:
             _start_ray(options.num_cpus, options.num_gpus)
             # Ray puts its own in their place, which ends all of it at once.
@@ -227,13 +228,6 @@ def _token_file(host: str) -> Path | None:
     """The file with the gateway's token: needed beyond loopback, and used wherever SHARDLIFT_TOKEN asks for one."""
     given = os.environ.get("SHARDLIFT_TOKEN")
     return keep_token(home(), given) if given or not is_loopback(host) else None
-
-
-def _join(address: str) -> None:
-    try:
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise GatewayUnavailableError(f"no Ray cluster answers at {address}: {one_line(error, 300)}") from None
 
 
 def _start_ray(num_cpus: int | None, num_gpus: int | None) -> None:

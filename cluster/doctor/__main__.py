@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import logging
 import sys
 
 from ...proto.v1.errors import one_line
@@ -40,19 +39,19 @@ def main(arguments: list[str] | None = None) -> int:
 async def _cluster(address: str, timeout_s: float, tell: object) -> None:
     import ray
 
-    from ..placement import NAMESPACE
+    from ..joining import join
     from .cluster import diagnose
 
     assert callable(tell)
     try:
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        join(address)
     except Exception as error:
         tell(
             [
                 Finding(
                     check="ray",
                     verdict="fail",
-                    finding=f"no Ray cluster can be joined at {address}: {one_line(error, 300)}",
+                    finding=one_line(error),
                     remedy="look at the address, at Ray's token (RAY_AUTH_MODE, RAY_AUTH_TOKEN), and at the versions "
                     "of Ray and Python, which must be the cluster's",
                 )
