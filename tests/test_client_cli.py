@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,25 @@ def test_seconds_are_a_number(command: tuple[str, ...], seconds: str, gateway: S
     failed = run(*command, seconds)
     assert (failed.exit_code, gateway.calls) == (2, [])
     assert command[-1] in failed.stderr
+
+
+def test_an_up_that_is_ended_starts_nothing(tmp_path: Path) -> None:
+    """What starts the gateway has a session of its own, and would go on."""
+    starts, pid = tmp_path / "python", tmp_path / "pid"
+    starts.write_text(f"#!/bin/sh\necho $$ > {pid}.new\nmv {pid}.new {pid}\nexec sleep 60\n")
+    starts.chmod(0o755)
+    code = f"import sys; sys.executable = {str(starts)!r}; sys.argv = ['shardlift', 'up']; "
+    code += "from shardlift.client.cli.main import main; main()"
+    environment = os.environ | {"SHARDLIFT_HOME": str(tmp_path / "home")}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True) as command:
+        while not pid.exists():
+            assert command.poll() is None
+            time.sleep(0.02)
+        command.terminate()
+        _, said = command.communicate(timeout=30)
+    assert (command.returncode, said) == (143, "SIGTERM: no gateway is started\n")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 @pytest.mark.parametrize("command", ["up", "down"])

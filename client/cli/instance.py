@@ -9,6 +9,7 @@ import click
 from ...proto.v1.errors import ShardliftError, one_line
 from .. import instance
 from .common import Seconds, as_json, print_json
+from .ending import ended_by_sigterm
 
 
 @click.command()
@@ -98,7 +99,8 @@ def up(
         # On stderr, where `kubectl logs` finds them beside what this process says itself.
         instance.keep(tell, lambda line: click.echo(line, err=True), **options)
     else:
-        tell(instance.start(**options))  # type: ignore[arg-type]
+        with ended_by_sigterm("no gateway is started"):
+            tell(instance.start(**options))  # type: ignore[arg-type]
 
 
 @click.command()
