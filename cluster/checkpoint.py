@@ -26,6 +26,7 @@ _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _INDEX_LIMIT_BYTES = 256 << 20  # of a million tensors; anything larger is no index
 _JSON_LIMIT_BYTES = 16 << 20
 _MOST_FILES = 20_000
+_EXPLICIT = "transformers_weights"  # of a config: what holds the weights, in place of the usual names
 _MOST_TENSORS = 4_000_000
 _HEADER_GUESS_BYTES = 64 << 10
 _CONNECTIONS = 8
@@ -117,7 +118,7 @@ def read_checkpoint(request: CheckpointRequest, token: HubToken) -> Checkpoint:
     try:
         config = _read_config(source, request.path)
         generation_config = read_json(source, "generation_config.json", required=False)
-        files = _weight_files(source, request)
+        files = _weight_files(source, request, config.get(_EXPLICIT))
         records, versions = read_headers(source, files)
     finally:
         source.close()
@@ -166,8 +167,13 @@ def exists(source: Source, file: str) -> bool:
     return True
 
 
-def _weight_files(source: Source, request: CheckpointRequest) -> list[str]:
-    """Files that hold weights: those that the index names, or the single one. Others in the repository don't count."""
+def _weight_files(source: Source, request: CheckpointRequest, explicit: object) -> list[str]:
+    """Files that hold weights: those that the index names, or the single one. Others in the repository don't count.
+
+    explicit: the file, or the index, that `config.json` itself names, or None.
+    """
+    if explicit is not None:
+        return _explicit_files(source, explicit)
     dotted = f".{request.variant}" if request.variant else ""
     single, index = f"model{dotted}.safetensors", f"model.safetensors.index{dotted}.json"
     if exists(source, single):
@@ -186,6 +192,23 @@ def _weight_files(source: Source, request: CheckpointRequest) -> list[str]:
             )
     wanted = f" of variant {request.variant!r}" if request.variant else ""
     raise CheckpointNotFoundError(f"{request.path} has no safetensors weights{wanted} ({single} or {index})")
+
+
+def _explicit_files(source: Source, named: object) -> list[str]:
+    """As transformers takes them: whatever the variant."""
+    is_path = isinstance(named, str) and named.isprintable() and "\\" not in named
+    if not is_path or {"", ".", ".."} & set(str(named).split("/")):
+        raise CorruptCheckpointError(f"config.json has {_EXPLICIT} {ascii(named)[:80]}, which is no file beside it")
+    file = str(named)
+    if file.endswith(".safetensors.index.json"):
+        listing = read_json(source, file, required=True, limit_bytes=_INDEX_LIMIT_BYTES)
+        assert listing is not None
+        return _indexed_files(listing, file, ".safetensors", "safetensors file")
+    if not file.endswith(".safetensors"):
+        raise UnsupportedModelError(
+            f"config.json has {_EXPLICIT} {ascii(file)[:80]}, which is neither a safetensors file nor an index of some"
+        )
+    return [file]
 
 
 def _pickled_names(request: CheckpointRequest) -> tuple[str, str]:

@@ -147,6 +147,42 @@ def test_a_variant(read: Read, tmp_path: Path) -> None:
         read(tmp_path, variant="fp8")
 
 
+@pytest.mark.parametrize("name", ["special.safetensors", "weights/special.safetensors", "my.safetensors.index.json"])
+def test_weights_that_the_config_names(read: Read, tmp_path: Path, name: str) -> None:
+    """transformers_weights: in place of what is called as usual."""
+    single(tmp_path)
+    save_file({"other": torch.zeros(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "weights").mkdir()
+    if name.endswith(".json"):
+        write(tmp_path, {"mine-1.safetensors": TENSORS}, index=name)
+    else:
+        save_file(TENSORS, tmp_path / name)
+    config = CONFIG | {"transformers_weights": name}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint = read(tmp_path)
+    check(checkpoint, tmp_path)
+    assert {record.file for record in checkpoint.records.values()} <= {name, "mine-1.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "said"),
+    [
+        ("../model.safetensors", CorruptCheckpointError, "no file beside it"),
+        ("/model.safetensors", CorruptCheckpointError, "no file beside it"),
+        (3, CorruptCheckpointError, "no file beside it"),
+        ("model.bin", UnsupportedModelError, "neither a safetensors file nor an index"),
+        ("absent.safetensors", CheckpointNotFoundError, "absent"),
+    ],
+)
+def test_names_in_a_config_that_are_none(
+    read: Read, tmp_path: Path, name: Any, error: type[Exception], said: str
+) -> None:
+    single(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"transformers_weights": name}))
+    with pytest.raises(error, match=said):
+        read(tmp_path)
+
+
 def test_revisions(hub: HubServer, tmp_path: Path) -> None:
     old, new = single(tmp_path / "old"), sharded(tmp_path / "new")
     first = hub.add_repo("org/revisions", old, revisions={"v1.0": "main"})
