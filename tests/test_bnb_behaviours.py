@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from shardlift.client import options
 from shardlift.client.handle import RemoteModel
-from shardlift.proto.v1.errors import InvalidDeviceMapError, InvalidRequestError
-from tests.support import checkpoints
+from shardlift.proto.v1.errors import InvalidDeviceMapError, InvalidRequestError, UnsupportedModelError
+from tests.support import checkpoints, ring
 from tests.support.ring_gateway import Served, serving
 
 IDS = torch.arange(1, 13)[None]
@@ -159,6 +159,21 @@ def test_modules_that_are_to_be_skipped(folder: Path) -> None:
             found = modules_of(served.model)
             assert {name for name, dtype in found.items() if dtype in ("fp4", "int8")} == quantized
             assert torch.equal(served.model(IDS).logits, logits_of(local))
+
+
+@pytest.mark.parametrize("kind", ["load_in_4bit", "load_in_8bit"])
+def test_a_tied_head_is_to_be_skipped(kind: str, tmp_path: Path) -> None:
+    """A list replaces the default one, which has the head; transformers loads that, and fails at the first pass."""
+    folder = checkpoints.tiny("llama", tmp_path, layers=1, tied=True)
+    config = BitsAndBytesConfig(**{kind: True}, llm_int8_skip_modules=["o_proj"])
+    with pytest.raises((AssertionError, AttributeError)):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)(IDS)
+    with pytest.raises(InvalidRequestError, match="llm_int8_skip_modules has to name 'lm_head', too"):
+        ring.specs(folder, (), quantization=config.to_dict())
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(said | {"quantization_config": config.to_dict()}))
+    with pytest.raises(UnsupportedModelError, match="quantization_config of the checkpoint, llm_int8_skip_modules has"):
+        ring.specs(folder, ())
 
 
 def test_outliers_apart(folder: Path) -> None:

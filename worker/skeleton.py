@@ -416,6 +416,7 @@ def build_skeleton(
                 "one by one: leave it out, or pass quantize_experts=False (--no-quantize-experts)"
             )
     _check_anatomy(skeleton)
+    _check_tied(skeleton)
     return skeleton
 
 
@@ -500,6 +501,20 @@ def _check_anatomy(skeleton: Skeleton) -> None:
                 f"parameter {name} of this {skeleton.model.config.model_type} model has no known stage: "
                 "its config takes a path that has not been shown to come out right"
             )
+
+
+def _check_tied(skeleton: Skeleton) -> None:
+    """A tied head shares the embedding's weight, which isn't quantized: bitsandbytes' module for it fails at each pass,
+    in transformers, too."""
+    for name in skeleton.tied_weights:
+        path = name.rpartition(".")[0]
+        if isinstance(skeleton.model.get_submodule(path), (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
+            message = (
+                f"llm_int8_skip_modules has to name {path!r}, too: it is tied to the embedding, and can't be quantized"
+            )
+            if skeleton.is_prequantized:
+                raise UnsupportedModelError(f"in the quantization_config of the checkpoint, {message}")
+            raise InvalidRequestError(f"{message}; a list of modules replaces the default one, which has it")
 
 
 class KeyMap:
