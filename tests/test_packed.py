@@ -147,6 +147,19 @@ def test_fp8_is_unpacked_to_what_was_packed(plain: Checkpoints, tmp_path: Path, 
         check_loaded(folder, theirs)
 
 
+def test_fp8_as_autofp8_writes_it(plain: Checkpoints, tmp_path: Path) -> None:
+    """One scale for each matrix, by a name of its own, and one for what goes into it, which only kernels need."""
+
+    def pack(name: str, weight: torch.Tensor) -> Any:
+        parts, meant = packing.fp8(tuple(weight.shape))(name, weight)
+        scale = parts.pop(".weight_scale_inv").reshape(())
+        return parts | {".weight_scale": scale, ".input_scale": torch.tensor(0.02)}, meant
+
+    said = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
+    folder = packing.rewrite(plain("mixtral"), tmp_path / "fp8", pack, said)
+    check_loaded(folder, in_16_bits(folder))
+
+
 @pytest.mark.parametrize("scale_shape", [(), (1,), (96, 1)])
 def test_fp8_scales_of_a_whole_matrix_or_of_rows(scale_shape: tuple[int, ...]) -> None:
     weight = torch.randn(96, 64).to(torch.float8_e4m3fn)

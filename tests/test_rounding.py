@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
-from shardlift.cluster.quantized import settle
+from shardlift.cluster.planning import ModelOptions
 from shardlift.proto.v1.errors import TensorMismatchError, UnsupportedModelError
 from shardlift.worker import compressed_config
 from shardlift.worker.rounding import rounds
 from shardlift.worker.saving import StageSaver
-from tests.support import adapters, packing, ring
+from tests.support import adapters, ring
 from tests.support.checkpoints import tiny
 from tests.support.compressing import CACHE, FP8, INT8, SCHEMES, compress
 from tests.support.quantization import nf4
@@ -193,10 +194,27 @@ def test_it_is_not_saved(plain: Callable[[str], Path], tmp_path: Path) -> None:
     assert StageSaver(result.stage, lambda take: take()).plan(1 << 30, keep_quantized_experts=False).files
 
 
-def test_weights_that_are_not_compressed() -> None:
-    config = packing.compressed_config("float-quantized") | {"quantization_status": "frozen"}
-    with pytest.raises(UnsupportedModelError, match="frozen, not compressed"):
-        settle({"quantization_config": config}, None)
+def test_weights_that_are_not_compressed(plain: Callable[[str], Path], tmp_path: Path) -> None:
+    """By what the files hold; of the status, which says "frozen" in many that are compressed, nothing hangs."""
+    folder, (ids, _) = compress(plain("llama"), tmp_path / "fp8", SCHEMES["fp8, fixed"]), prompt(padded=False)
+    logits = adapters.through(ring.load(folder, (1,)), ids, ())
+    config = config_of(folder)
+    config["quantization_config"]["quantization_status"] = "frozen"
+    say(folder, config)
+    assert torch.equal(adapters.through(ring.load(folder, (1,)), ids, ()), logits)
+    # transformers' first pass takes that for uncompressed; but not where it unpacks on the way in
+    asked = CompressedTensorsConfig(dequantize=True)
+    with pytest.warns(UserWarning, match="loading attributes"):
+        whole = AutoModelForCausalLM.from_pretrained(folder, quantization_config=asked, dtype=torch.bfloat16)
+    stages = ring.load(folder, (1,), model=ModelOptions(dequantize=True))
+    with torch.inference_mode():
+        assert torch.equal(adapters.through(stages, ids, ()), whole(ids).logits)
+
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].bfloat16()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=f"{name} is BF16, with scales beside it: it isn't compressed"):
+        ring.specs(folder, ())
 
 
 def test_which_group_a_module_is_of() -> None:

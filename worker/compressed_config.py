@@ -15,13 +15,10 @@ ROUNDING = tuple(
 _BITS = (4, 8)
 
 
-def check_status(config: Mapping[str, Any]) -> None:
-    """Raises UnsupportedModelError for weights that the checkpoint doesn't hold compressed."""
-    if (status := config.get("quantization_status") or "compressed") != "compressed":
-        raise UnsupportedModelError(
-            f"compressed-tensors calls the checkpoint's weights {status}, not compressed, and would round them at each "
-            "pass: save them compressed (save_pretrained of llmcompressor)"
-        )
+def compressed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` of weights that are compressed: what a checkpoint's files hold tells, and not the status that its tool
+    has noted, which is "frozen" for many that are published compressed."""
+    return {**config, "quantization_status": "compressed"}
 
 
 def rounds_activations(config: Mapping[str, Any]) -> bool:

@@ -5,7 +5,8 @@ A packed weight stands for the one tensor that an unquantized checkpoint would h
 
 Layouts: GPTQ as AutoGPTQ and GPTQModel write it (`qweight` packed along the inputs, `qzeros` along the outputs, zero
 points one too small but in "gptq_v2"); AWQ's "gemm" (both along the outputs, in the order 0 2 4 6 1 3 5 7); FP8 with a
-scale for each block, as DeepSeek-V3 is published; MXFP4 as gpt-oss is; and what compressed-tensors writes.
+scale for each block, as DeepSeek-V3 is published, or for each matrix, as AutoFP8 writes it; MXFP4 as gpt-oss is; and
+what compressed-tensors writes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..proto.v1.errors import CorruptCheckpointError, TensorMismatchError, UnsupportedModelError
-from .compressed_config import bits_of, check_status, rounds_activations
+from .compressed_config import bits_of, compressed, rounds_activations
 from .records import TensorRecord
 
 AWQ, COMPRESSED, FP8, GPTQ, MXFP4 = "awq", "compressed-tensors", "fp8", "gptq", "mxfp4"
@@ -147,8 +148,7 @@ def packing_of(config: Mapping[str, Any]) -> Packing | None:
     if method == MXFP4:
         return Packing(method=MXFP4)
     if method == COMPRESSED:
-        check_status(said)
-        return Packing(method=COMPRESSED, config=dict(said))
+        return Packing(method=COMPRESSED, config=compressed(said))
     raise _unsupported(method, _PACKAGES.get(method, ""))
 
 
@@ -264,7 +264,9 @@ def _awq_weight(key: str, records: Mapping[str, TensorRecord], packing: Packing)
 
 
 def _fp8_weight(key: str, records: Mapping[str, TensorRecord], packing: Packing) -> StoredTensor | None:
-    weight, scale = records[key], records.get(f"{key}_scale_inv")
+    weight = records[key]
+    # What a value is multiplied with, by either name: AutoFP8's is the second.
+    scale = records.get(f"{key}_scale_inv") or records.get(f"{key}_scale")
     if scale is None:
         return None
     if len(weight.shape) < 2 or weight.dtype not in ("F8_E4M3", "F8_E5M2"):
@@ -331,6 +333,11 @@ def _compressed_weight(key: str, records: Mapping[str, TensorRecord], packing: P
     parts = {each: records[stem + dot + each] for each in _COMPRESSED if stem + dot + each in records}
     weight = parts.get("weight")
     if weight is not None:
+        if weight.dtype in _FLOATS:
+            raise UnsupportedModelError(
+                f"tensor {weight.key} is {weight.dtype}, with scales beside it: it isn't compressed, and "
+                "compressed-tensors would round it at each pass: save it compressed (save_pretrained of llmcompressor)"
+            )
         shape = weight.shape
     else:
         packed = _part(records, f"{stem}{dot}weight_packed", key)
