@@ -9,6 +9,7 @@ from typing import Any
 from ..proto.v1.errors import InvalidRequestError, TensorMismatchError, UnsupportedModelError, one_line
 from ..proto.v1.tls import TLS
 from ..worker.code_spec import CodeSpec, needs_code
+from ..worker.generation_config import generation_config_of
 from ..worker.own_form import Question
 from ..worker.records import HubToken
 from ..worker.remote_code import find_code, import_code
@@ -74,6 +75,7 @@ class OutlinedModel:
     layout: Layout
     options: ModelOptions
     config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
     quantized: Quantized
     code: CodeSpec | None = None
 
@@ -129,7 +131,7 @@ class PlannedModel:
                     records=records,
                     versions={record.file: model.checkpoint.versions[record.file] for record in records},
                     config=model.config,
-                    generation_config=model.checkpoint.generation_config,
+                    generation_config=model.generation_config,
                     quantization=model.quantized.quantization,
                     dtype=self.plan.outline.dtype,
                     attn_implementation=model.options.attn_implementation,
@@ -160,6 +162,7 @@ def outline_model(
     can_keep: None to unpack whatever is packed.
     """
     checkpoint = read_checkpoint(request, token)
+    generation = generation_config_of(checkpoint.generation_config, checkpoint.config)
     config = dict(options.config if options.config else checkpoint.config)
     check_config({**config, **(options.config_overrides or {})})
     code = None
@@ -212,6 +215,7 @@ def outline_model(
         layout=layout,
         options=options,
         config=quantized.config,
+        generation_config=generation,
         quantized=quantized,
         code=None if code is None else code.spec,
     )

@@ -595,7 +595,7 @@ class Registry:
         token = requests.access_token(path.base)
         entry.source = outlined.checkpoint.source
         info.config_json = json.dumps(dict(outlined.config))
-        info.generation_config_json = json.dumps(outlined.checkpoint.generation_config or {})
+        info.generation_config_json = json.dumps(dict(outlined.generation_config))
         tell(started=registry_pb2.LoadStarted(name=name, commit=entry.source.commit))
         for note in outlined.layout.outline.notes:
             tell(warning=note)

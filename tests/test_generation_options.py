@@ -5,6 +5,7 @@ Each for one row and for a left-padded batch, both after the same torch.manual_s
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from transformers import (
     WatermarkingConfig,
 )
 
-from tests.support import checkpoints
+from shardlift.proto.v1.errors import CorruptCheckpointError
+from tests.support import checkpoints, ring
 from tests.support.ring_gateway import Served, serving
 
 IDS = torch.arange(5, 17)[None]
@@ -131,3 +133,39 @@ def test_the_same_output(name: str, prompt: str, pair: tuple[Any, Served, Path])
             torch.testing.assert_close(*each, rtol=1e-5, atol=1e-5)  # as docs/serving.md says of batches in 32 bits
     # The keys and values are the workers', and gone by now: what goes on from them is a session.
     assert actual.past_key_values is None
+
+
+IMPLIED: dict[str, dict[str, Any]] = {
+    "ends": {"eos_token_id": list(range(3, 100))},
+    "sampling": {"eos_token_id": list(range(3, 30)), "do_sample": True, "top_k": 7},
+    "beams": {"eos_token_id": list(range(3, 60)), "num_beams": 2},
+}
+
+
+@pytest.mark.parametrize("name", IMPLIED)
+def test_without_a_generation_config_the_models_own_says_it(name: str, tmp_path: Path) -> None:
+    """In the ring, and driven from the client; and what is saved is what transformers saves."""
+    folder = checkpoints.tiny("llama", tmp_path / "model", layers=2)
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | IMPLIED[name] | {"max_length": IDS.shape[1] + 6}))
+    local = AutoModelForCausalLM.from_pretrained(folder)
+    with serving(folder, (1,)) as served:
+        assert served.model.generation_config == local.generation_config
+        for more in ({}, {"num_beams": 3, "max_new_tokens": NEW}):
+            results = []
+            for model in (local, served.model):
+                torch.manual_seed(11)
+                results.append(model.generate(PADDED, attention_mask=MASK, **more))
+            assert torch.equal(*results)
+        served.model.save_pretrained(tmp_path / "ours")
+    local.save_pretrained(tmp_path / "theirs")
+    ours, theirs = ((tmp_path / each / "generation_config.json").read_text() for each in ("ours", "theirs"))
+    assert ours == theirs
+
+
+def test_a_generation_config_that_can_not_be_is_refused_by_the_plan(tmp_path: Path) -> None:
+    folder = checkpoints.tiny("llama", tmp_path, layers=1)
+    (folder / "generation_config.json").write_text('{"cache_implementation": "none such"}')
+    with pytest.raises(CorruptCheckpointError, match=r"^generation_config.json says .*none such"):
+        ring.specs(folder, ())

@@ -250,6 +250,16 @@ def test_a_changed_generation_config_is_saved(served: Served, tmp_path: Path) ->
     assert json.loads((tmp_path / "generation_config.json").read_text())["max_new_tokens"] == 7
 
 
+def test_weights_of_another_name_are_saved_by_the_usual_one(tmp_path: Path) -> None:
+    folder = checkpoints.tiny("llama", tmp_path / "base", layers=1, max_shard_size="1GB")
+    (folder / "model.safetensors").rename(folder / "special.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "special.safetensors"}))
+    with serving(folder, ()) as only:
+        only.model.save_pretrained(tmp_path / "saved")
+        assert torch.equal(logits_of(tmp_path / "saved"), only.model(IDS).logits)
+
+
 def test_arguments_as_transformers_has_them(served: Served, tmp_path: Path) -> None:
     served.model.save_pretrained(tmp_path / "none", is_main_process=False)
     assert not (tmp_path / "none").exists()

@@ -168,6 +168,8 @@ class StageSaver:
             if each is not None:  # as transformers tells the parts of a config, too
                 each.dtype = dtype_name(model.dtype)
         config.architectures = [type(model).__name__]
+        if hasattr(config, "transformers_weights"):  # the name that the files had where they were read
+            del config.transformers_weights
         generation = model.generation_config.to_json_string(use_diff=True, keys_to_pop=["compile_config"])
         return config.to_json_string(use_diff=True).encode(), generation.encode()
 
