@@ -20,6 +20,7 @@ ARGUMENTS = (
     *("name", "address", "quantize_experts", "requantize", "dequantize", "staging_budget", "connections", "part_cache"),
     *("reserve_tokens", "max_sessions", "max_waiting", "idle_timeout_s", "batching", "trace", "progress"),
     *("link_speed", "load_in_4bit", "load_in_8bit", "experts_implementation", "use_safetensors"),
+    "local_files_only",
 )
 
 
