@@ -20,6 +20,8 @@ from .config_files import config_at
 from .jsonable import jsonable, to_json
 from .outside import outside_level
 
+# What transformers notes in the config of each mixture that it builds, where nothing else was asked for.
+_USUAL_EXPERTS = "grouped_mm"
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "cpu")
 
 
@@ -27,7 +29,7 @@ def source(
     path: str | os.PathLike[str],
     *,
     revision: str | None = "main",
-    subfolder: str = "",
+    subfolder: str | os.PathLike[str] | None = "",
     variant: str | None = None,
     token: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -40,9 +42,9 @@ def source(
         raise InvalidRequestError("the model's path is empty: a repository, folder or URL is needed")
     return registry_pb2.ModelSource(
         path=os.path.abspath(text) if os.path.isdir(text) else text,
-        revision=revision or "main",
-        subfolder=subfolder or "",
-        variant=variant or "",
+        revision=_text(revision, "revision") or "main",
+        subfolder=_path(subfolder, "subfolder"),
+        variant=_text(variant, "variant"),
         token=token or "",
         hub_endpoint=os.environ.get("HF_ENDPOINT", ""),
         cache_dir=os.path.abspath(os.fspath(cache_dir)) if cache_dir else "",
@@ -53,6 +55,8 @@ def source(
 
 def adapter_source(adapter_kwargs: Mapping[str, Any] | None) -> registry_pb2.ModelSource:
     """What `adapter_kwargs` say of where an adapter is. Raises InvalidRequestError for what can't be meant."""
+    if not isinstance(adapter_kwargs or {}, Mapping):
+        raise InvalidRequestError(f"adapter_kwargs is {adapter_kwargs!r}: a dict is needed")
     said = dict(adapter_kwargs or {})
     token = said.pop("token", None)
     values = {name: said.pop(name, None) or "" for name in ("revision", "subfolder", "cache_dir")}
@@ -65,8 +69,8 @@ def adapter_source(adapter_kwargs: Mapping[str, Any] | None) -> registry_pb2.Mod
         values["cache_dir"] = os.path.abspath(os.fspath(values["cache_dir"]))
     return registry_pb2.ModelSource(
         token=token if isinstance(token, str) else "",
-        revision=values["revision"],
-        subfolder=values["subfolder"],
+        revision=_text(values["revision"], "revision"),
+        subfolder=_path(values["subfolder"], "subfolder"),
         cache_dir=values["cache_dir"],
     )
 
@@ -82,7 +86,7 @@ def load_options(
     max_memory: Mapping[Any, Any] | None = None,
     num_stages: int | None = None,
     dtype: Any = "auto",
-    attn_implementation: str | None = None,
+    attn_implementation: str | Mapping[str, str] | None = None,
     experts_implementation: str | None = None,
     adapter_kwargs: Mapping[str, Any] | None = None,
     staging_budget: int | str | None = None,
@@ -106,15 +110,15 @@ def load_options(
         dtype = old_dtype if dtype in ("auto", None) else dtype
     options = registry_pb2.LoadOptions(
         dtype=_dtype(dtype),
-        attn_implementation=attn_implementation or "",
+        attn_implementation=_attention(attn_implementation, config),
         num_stages=_count(num_stages, "num_stages"),
         max_memory=_max_memory(max_memory),
         staging_budget=_size(staging_budget, "staging_budget"),
         connections=_count(connections, "connections"),
         quantize_experts=bool(quantize_experts),
         without_quantized_experts=quantize_experts is not None and not quantize_experts,
-        requantize=requantize,
-        dequantize=dequantize,
+        requantize=_flag(requantize, "requantize"),
+        dequantize=_flag(dequantize, "dequantize"),
         without_cache=not part_cache,
         trace=trace,
         reserve_tokens=_count(reserve_tokens, "reserve_tokens") if reserve_tokens else 0,
@@ -136,6 +140,8 @@ def load_options(
     if config is not None:
         options.config_json = to_json(_config(config), "config")
     overrides = without_others(kwargs)
+    if experts_implementation is None and _chosen("_experts_implementation", config) != _USUAL_EXPERTS:
+        experts_implementation = _chosen("_experts_implementation", config)
     if experts_implementation is not None:
         overrides["experts_implementation"] = experts_implementation  # a config's, to whoever reads one
     if overrides:
@@ -150,6 +156,36 @@ def _dtype(dtype: Any) -> str:
     if not isinstance(name, str):
         raise InvalidRequestError(f"dtype is {dtype!r}: a torch dtype, its name or 'auto' is needed")
     return name.removeprefix("torch.")
+
+
+def _attention(value: str | Mapping[str, str] | None, config: Any) -> str:
+    """As transformers has it: for each part of a model, "" being the whole; what a config object was made with, too."""
+    if isinstance(value, Mapping):
+        value = value.get("text_config") or value.get("")
+    return _text(value or _chosen("_attn_implementation", config), "attn_implementation")
+
+
+def _chosen(name: str, config: Any) -> Any:
+    """What a config object says beside its values, which a config as a dict has not."""
+    if not hasattr(config, "get_text_config"):
+        return None
+    return getattr(config.get_text_config(), name, None) or getattr(config, name, None)
+
+
+def _text(value: str | None, name: str) -> str:
+    if value is not None and not isinstance(value, str):
+        raise InvalidRequestError(f"{name} is {value!r}: a text is needed")
+    return value or ""
+
+
+def _path(value: str | os.PathLike[str] | None, name: str) -> str:
+    return _text(os.fspath(value) if isinstance(value, os.PathLike) else value, name)
+
+
+def _flag(value: bool | None, name: str) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise InvalidRequestError(f"{name} is {value!r}: True or False is needed")
+    return bool(value)
 
 
 def _count(value: int | None, name: str) -> int:

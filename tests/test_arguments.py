@@ -196,6 +196,52 @@ def test_torch_dtype_and_dtype(folder: Path) -> None:
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_what_a_config_was_made_with_counts(family: str, tmp_path: Path) -> None:
+    """How attention and experts are computed, which no config's values tell; an argument comes before it."""
+    folder = checkpoints.tiny(family, tmp_path, layers=3, dtype="bfloat16")
+    asked = {"llama": "attn_implementation", "mixtral": "experts_implementation"}[family]
+    eager = {asked: "eager"}
+    found = logits(folder, config=AutoConfig.from_pretrained(folder, **eager))
+    assert torch.equal(found, local(folder, config=AutoConfig.from_pretrained(folder, **eager)))
+    assert torch.equal(found, logits(folder, **eager))
+    usual = logits(folder)
+    assert not torch.equal(found, usual)
+    other = {asked: {"llama": "sdpa", "mixtral": "grouped_mm"}[family]}
+    assert torch.equal(logits(folder, config=AutoConfig.from_pretrained(folder, **eager), **other), usual)
+    # That of a model which was built has what transformers chose, and asks for nothing.
+    built = AutoModelForCausalLM.from_pretrained(folder).config
+    assert torch.equal(logits(folder, config=built), usual)
+    described(folder, config=built, load_in_4bit=True)
+
+
+def test_attention_is_taken_for_each_part_of_a_model(folder: Path) -> None:
+    eager = {"": "eager"}
+    assert torch.equal(logits(folder, attn_implementation=eager), local(folder, attn_implementation=eager))
+    request = described(folder, attn_implementation={"vision_config": "sdpa", "text_config": "eager"})
+    assert request.options.attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"attn_implementation": 3}, "attn_implementation is 3: a text"),
+        ({"attn_implementation": {"": 3}}, "attn_implementation is 3: a text"),
+        ({"revision": 5}, "revision is 5: a text"),
+        ({"variant": True}, "variant is True: a text"),
+        ({"subfolder": 1}, "subfolder is 1: a text"),
+        ({"adapter_kwargs": 3}, "adapter_kwargs is 3: a dict"),
+        ({"adapter_kwargs": {"revision": 3}}, "revision is 3: a text"),
+        ({"requantize": "no"}, "requantize is 'no': True or False"),
+    ],
+    ids=str,
+)
+def test_values_of_another_kind_are_told(given: dict[str, Any], said: str, folder: Path) -> None:
+    with pytest.raises(InvalidRequestError, match=said):
+        described(folder, **given)
+    assert described(folder, subfolder=Path("in", "ner")).source.subfolder == "in/ner"
+
+
 def test_a_config_is_taken_as_an_object_a_dict_or_a_path(folder: Path, tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(folder, rms_norm_eps=0.1)
     config.save_pretrained(tmp_path)
