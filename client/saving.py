@@ -355,6 +355,11 @@ class _Files:
                 path.unlink()
 
 
+# Of transformers' arguments those that can't be otherwise: names are those of checkpoints, an adapter's are peft's, and
+# what is written is safetensors.
+_USUAL = {"save_peft_format": True, "save_original_format": True, "distributed_checkpoint": False}
+
+
 def _weight_names(variant: str) -> list[str]:
     """Patterns of the names that weights and their index have."""
     stem, index = (f"model.{variant}", f".{variant}") if variant else ("model", "")
@@ -399,6 +404,14 @@ def save_pretrained(
         raise InvalidRequestError("state_dict is not supported: what the workers hold is saved")
     if not safe_serialization:
         raise InvalidRequestError("safe_serialization=False is not supported: only safetensors are written")
+    for name, usual in _USUAL.items():
+        if (value := options.pop(name, usual)) != usual:
+            raise InvalidRequestError(f"{name}={value!r} is not supported: it is always {usual}")
+    if tags := options.pop("tags", None):
+        raise InvalidRequestError(
+            f"tags={tags!r} is not supported, since no model card is written: push, and then call "
+            "huggingface_hub.metadata_update(repo_id, {'tags': […]})"
+        )
     if not is_main_process:
         return None
     folder = os.path.abspath(os.fspath(save_directory))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import pytest
 import torch
 from peft import IA3Config, LNTuningConfig, LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import shardlift
 from shardlift.client import saving
@@ -261,7 +262,9 @@ def test_weights_of_another_name_are_saved_by_the_usual_one(tmp_path: Path) -> N
 
 
 def test_arguments_as_transformers_has_them(served: Served, tmp_path: Path) -> None:
-    served.model.save_pretrained(tmp_path / "none", is_main_process=False)
+    parameters = inspect.signature(PreTrainedModel.save_pretrained).parameters.values()
+    usual = {each.name: each.default for each in parameters if each.default not in (each.empty, None)}
+    served.model.save_pretrained(tmp_path / "none", **usual | {"is_main_process": False})
     assert not (tmp_path / "none").exists()
     refused: list[tuple[Callable[[], object], str]] = [
         (lambda: served.model.save_pretrained(tmp_path / "no", state_dict={}), "state_dict is not supported"),
@@ -270,6 +273,9 @@ def test_arguments_as_transformers_has_them(served: Served, tmp_path: Path) -> N
         (lambda: served.model.save_pretrained(tmp_path / "no", max_shard_size=1.5), "max_shard_size is 1.5"),
         (lambda: served.model.save_pretrained(tmp_path / "no", variant="a/b"), "no part of a file's name"),
         (lambda: served.model.save_pretrained(served.model.info().path), "was loaded from"),
+        (lambda: served.model.save_pretrained(tmp_path / "no", distributed_checkpoint=True), "it is always False"),
+        (lambda: served.model.save_pretrained(tmp_path / "no", save_original_format=False), "it is always True"),
+        (lambda: served.model.push_to_hub("org/no", tags=["a"]), "tags=.*metadata_update"),
     ]
     for call, text in refused:
         with pytest.raises(InvalidRequestError, match=text):
