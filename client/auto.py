@@ -38,7 +38,7 @@ class AutoModelForCausalLM:
         device_map: str | int | torch.device | Mapping[str, str | int | torch.device] | None = "auto",
         max_memory: Mapping[str | int, str | int] | None = None,
         num_stages: int | None = None,
-        dtype: str | torch.dtype | None = "auto",
+        dtype: str | torch.dtype | Mapping[str, Any] | None = "auto",
         revision: str = "main",
         subfolder: str | os.PathLike[str] = "",
         variant: str | None = None,

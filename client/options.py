@@ -150,6 +150,8 @@ def load_options(
 
 
 def _dtype(dtype: Any) -> str:
+    if isinstance(dtype, Mapping):
+        dtype = dtype.get("", "float32")  # of all modules, whatever is said of single ones, as in transformers 5
     if dtype is None:
         return ""
     name = jsonable(dtype, "dtype")

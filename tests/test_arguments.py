@@ -215,6 +215,16 @@ def test_what_a_config_was_made_with_counts(family: str, tmp_path: Path) -> None
     described(folder, config=built, load_in_4bit=True)
 
 
+@pytest.mark.parametrize(
+    "dtype", [{"": torch.float16}, {"": "float64", "lm_head": "float16"}, {"text_config": "float16"}]
+)
+def test_a_dtype_for_each_part_is_that_of_the_whole(dtype: dict[str, Any], folder: Path) -> None:
+    found = logits(folder, dtype=dtype)
+    expected = local(folder, dtype=dtype)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
 def test_attention_is_taken_for_each_part_of_a_model(folder: Path) -> None:
     eager = {"": "eager"}
     assert torch.equal(logits(folder, attn_implementation=eager), local(folder, attn_implementation=eager))

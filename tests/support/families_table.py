@@ -57,7 +57,7 @@ Of Gemma 3 it makes the whole model, which gives the same logits where there is 
 
 A `model_type` that isn't listed, and that transformers has a causal model for, is tried out when it is planned, before
 a tensor is fetched (`cluster/selfcheck.py`). It takes from half a second to some fifteen (0.4 to
-16 s were seen), on the gateway's machine:
+16 s were seen; a minute with a recurrence that torch computes step by step), on the gateway's machine:
 
 1. A small model is made of the checkpoint's own config: few, narrow layers of each kind that there is, random weights,
    everything else as it stands.
