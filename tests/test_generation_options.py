@@ -20,7 +20,7 @@ from transformers import (
     WatermarkingConfig,
 )
 
-from shardlift.proto.v1.errors import CorruptCheckpointError
+from shardlift.proto.v1.errors import CorruptCheckpointError, InvalidRequestError
 from tests.support import checkpoints, ring
 from tests.support.ring_gateway import Served, serving
 
@@ -162,6 +162,21 @@ def test_without_a_generation_config_the_models_own_says_it(name: str, tmp_path:
     local.save_pretrained(tmp_path / "theirs")
     ours, theirs = ((tmp_path / each / "generation_config.json").read_text() for each in ("ours", "theirs"))
     assert ours == theirs
+
+
+def test_a_session_keeps_what_a_config_would_not(tmp_path: Path) -> None:
+    """Training leaves use_cache=False in many a config.json."""
+    folder = checkpoints.tiny("llama", tmp_path, layers=2)
+    (folder / "generation_config.json").write_text('{"use_cache": false}')
+    local = AutoModelForCausalLM.from_pretrained(folder)
+    with serving(folder, (1,)) as served, served.model.session() as session:
+        found = torch.empty(1, 0, dtype=torch.long)
+        for new in (IDS, IDS + 1):
+            with pytest.raises(InvalidRequestError, match="use_cache=False, but a session keeps its keys and values"):
+                session.generate(new, max_new_tokens=NEW, use_cache=False)
+            whole = torch.cat([found, new], dim=1)
+            found = session.generate(new, max_new_tokens=NEW)
+            assert torch.equal(found, local.generate(whole, max_new_tokens=NEW))
 
 
 def test_a_generation_config_that_can_not_be_is_refused_by_the_plan(tmp_path: Path) -> None:

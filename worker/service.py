@@ -388,7 +388,7 @@ async def _act(
             async for passed in session.answer(request.forward, cached=True):
                 yield inference_pb2.SessionResponse(forward=passed)
         case "generate":
-            async for generated in session.generate(request.generate):
+            async for generated in session.generate(request.generate, cached=True):
                 yield inference_pb2.SessionResponse(generate=generated)
 
 

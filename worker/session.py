@@ -285,11 +285,16 @@ class RingSession:
 
     # -- generation ------------------------------------------------------------------------------------------------
 
-    async def generate(self, request: inference_pb2.GenerateRequest) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        """Decodes as `request` says, after what is cached. Left early, it stops at the next step."""
+    async def generate(
+        self, request: inference_pb2.GenerateRequest, *, cached: bool = False
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        """Decodes as `request` says, after what is cached. Left early, it stops at the next step.
+
+        cached: keys and values are kept, whatever the model's own generation config says.
+        """
         # The turn was waited for by the first of a session.
         arrived_s, self._arrived_s = self._arrived_s or time.perf_counter(), None
-        decoding = await self._decoding(request)
+        decoding = await self._decoding(request, cached)
         given = _generated(request, decoding.rows)
         account = Account(self._numbers, self._span, arrived_s, resumed=bool(given.shape[1]))
         account.prompt(decoding.rows * (decoding.prompt_tokens - self.length))
@@ -323,7 +328,7 @@ class RingSession:
             )
         )
 
-    async def _decoding(self, request: inference_pb2.GenerateRequest) -> Decoding:
+    async def _decoding(self, request: inference_pb2.GenerateRequest, cached: bool) -> Decoding:
         self._choose(request)
         self._is_replayed = self._epoch > 0 and (self._number == 0 or request.HasField("generated"))
         input_ids = check_ids("input_ids", from_message(request.input_ids))
@@ -341,6 +346,8 @@ class RingSession:
             )
         model = self._pipeline.stage.model
         fields = MessageToDict(request.generation)
+        if cached and fields.setdefault("use_cache", True) is False:
+            raise InvalidRequestError("use_cache=False, but a session keeps its keys and values: leave it out")
         strings = stops.asked(fields, model.generation_config)
         # Of a large vocabulary it takes its time, in which others' steps are computed.
         stop = await asyncio.to_thread(stops.criterion, strings, self._tokenizer) if strings else None
