@@ -24,7 +24,8 @@ _DEVICE = re.compile(r"cpu(:[0-9]{1,6})?|cuda:[0-9]{1,6}")
 class Device:
     """One GPU, or a CPU worker's share of a node's memory.
 
-    node: name of the node, unique in the cluster; node_id: Ray's, "" without a cluster.
+    node: name of the node, unique in the cluster; node_id: Ray's, "" without a cluster. host: name of its machine,
+    which several nodes may be on; "" where it isn't known.
     name: "cuda:0", "cpu", ... unique on the node. kind: "cuda" or "cpu".
     slots: GPUs that Ray must set aside for it (a made-up GPU is a slot for a CPU worker); 0 or 1.
     capacity_bytes: what may be used of it. speed: how fast it reads its weights, compared to the other devices; any
@@ -36,6 +37,7 @@ class Device:
     kind: str
     capacity_bytes: int
     node_id: str = ""
+    host: str = ""
     slots: int = 0
     speed: int = 1
 

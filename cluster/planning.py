@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -117,6 +118,7 @@ class PlannedModel:
             rooms=tuple((stage.room_bytes, stage.kv_bytes_per_token) for stage in self.plan.stages),
         )
         specs = []
+        on_processors = Counter(_machine(stage.device) for stage in self.plan.stages if stage.device.kind == "cpu")
         for index, stage in enumerate(self.plan.stages):
             records = model.layout.records_of(stage.cut, model.checkpoint.records)
             specs.append(
@@ -126,6 +128,7 @@ class PlannedModel:
                     index=index,
                     num_stages=len(self.plan.stages),
                     device=as_seen_by_worker(stage.device.kind),
+                    shares_cores=on_processors[_machine(stage.device)] > 1,
                     cut=stage.cut,
                     source=model.checkpoint.source,
                     records=records,
@@ -152,6 +155,10 @@ class PlannedModel:
                 )
             )
         return specs
+
+
+def _machine(device: Device) -> str:
+    return device.host or device.node
 
 
 def outline_model(

@@ -44,7 +44,7 @@ def discover(held: Collection[str] = (), without: Collection[str] = ()) -> list[
     devices: list[Device] = []
     names: dict[str, str] = {}
     for node in nodes:
-        node_id, total = node["NodeID"], node["Resources"]
+        node_id, total, host = node["NodeID"], node["Resources"], str(node["NodeManagerHostname"])
         free = available.get(node_id, {})
         name = node_names[node_id]
         is_drained = node_id in drained
@@ -52,10 +52,11 @@ def discover(held: Collection[str] = (), without: Collection[str] = ()) -> list[
         if total.get("GPU"):
             ids = set() if is_drained else _free_ids(name, node_id, int(total["GPU"]), int(free.get("GPU", 0)), held)
             found = gpus[node_id]
-            devices += _gpu_devices(name, node_id, int(total["GPU"]), ids, [gpu.free_bytes for gpu in found], memory)
+            on_node = _gpu_devices(name, node_id, int(total["GPU"]), ids, [gpu.free_bytes for gpu in found], memory)
+            devices += [replace(device, host=host) for device in on_node]
             names |= {f"{name}/cuda:{index}": gpu.name for index, gpu in enumerate(found)}
         elif total.get("CPU") and memory and not is_drained:
-            devices.append(Device(node=name, node_id=node_id, name="cpu", kind="cpu", capacity_bytes=memory))
+            devices.append(Device(node=name, node_id=node_id, host=host, name="cpu", kind="cpu", capacity_bytes=memory))
     return with_speeds(devices, names)
 
 

@@ -14,7 +14,7 @@ os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 # A test that wants a cache of quantized parts names its folder.
 os.environ["SHARDLIFT_CACHE"] = "off"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# As stages have it: threads without work leave the cores to the other processes of the tests.
+# Threads without work leave the cores to the other processes of the tests, as those of stages on one machine do.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest

@@ -41,7 +41,7 @@ class StageWorker:
     """
 
     def __init__(self, spec: Mapping[str, Any], card: bytes) -> None:
-        settle_threads(os.environ)
+        settle_threads(os.environ, shares_cores=bool(spec.get("shares_cores")))
         if str(spec["device"]).startswith("cuda"):
             # Quantized weights of a few MiB would leave a good part of torch's segments unusable. Before torch, too.
             os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

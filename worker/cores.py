@@ -16,15 +16,15 @@ _MOST_THREADS = 4096
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 
 
-def settle_threads(environment: MutableMapping[str, str]) -> None:
+def settle_threads(environment: MutableMapping[str, str], *, shares_cores: bool = False) -> None:
     """Has OpenMP take `$SHARDLIFT_THREADS` threads; without it all usable cores, unless OMP_NUM_THREADS says otherwise.
 
-    And has threads that wait for work sleep. By themselves they spin for milliseconds on cores that another stage of
-    the node, or its gateway, could use: two stages on two cores then compute at a twentieth of their speed. What is
-    computed is the same. To be called before torch is imported: OpenMP reads this when it is loaded, for bitsandbytes'
-    kernels too. Raises InvalidRequestError for what is no number of threads.
+    shares_cores: another stage computes on them, too. Then threads that wait for work sleep. By themselves they spin
+    for milliseconds, which is sooner where they have their cores to themselves, and where they don't leaves all stages
+    a fraction of their speed. What is computed is the same. To be called before torch is imported: OpenMP reads this
+    when it is loaded, for bitsandbytes' kernels too. Raises InvalidRequestError for what is no number of threads.
     """
-    if not any(name in environment for name in _WAITING):
+    if shares_cores and not any(name in environment for name in _WAITING):
         environment["OMP_WAIT_POLICY"] = "passive"
     if given := environment.get(THREADS):
         if not given.isdecimal() or not 0 < int(given) <= _MOST_THREADS:

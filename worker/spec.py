@@ -45,7 +45,8 @@ class StageSpec:
     """One stage of one load.
 
     load_id: unique to this load; tells a restarted controller which workers belong together.
-    device: where the stage lives on its node: "cpu" or "cuda:<index as the worker sees it>".
+    device: where the stage lives on its node: "cpu" or "cuda:<index as the worker sees it>". shares_cores: another
+        stage of the model computes on the same machine's processors.
     config, generation_config, quantization: as JSON objects; dtype: a torch dtype's name.
     secret: shared by the stages of this load alone.
     budget_bytes: memory for checkpoint bytes that are fetched but not yet converted.
@@ -75,6 +76,7 @@ class StageSpec:
     dtype: str
     attn_implementation: str | None
     secret: str
+    shares_cores: bool = False
     budget_bytes: int = 512 << 20
     connections: int = 4
     use_cache: bool = True
