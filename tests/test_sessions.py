@@ -163,6 +163,35 @@ async def test_rolled_back_it_is_as_if_it_had_not_been(pipeline: ring.Ring, whol
     await session.close()
 
 
+async def test_a_turn_that_is_refused_after_a_rollback_leaves_the_session(
+    pipeline: ring.Ring, whole: PreTrainedModel
+) -> None:
+    """Also where what stays would have to be computed anew for it."""
+    text = torch.randint(3, 250, (1, 40), generator=torch.Generator().manual_seed(2))
+    session = Session(pipeline)
+    await session.forward(text)
+    cache = DynamicCache(config=whole.config)
+    with torch.inference_mode():
+        whole(text[:, :8] if getattr(whole.config, "sliding_window", None) else text, past_key_values=cache)
+        if cache.get_seq_length() > 8:
+            cache.crop(8 - text.shape[1])
+        expected = whole(text[:, 25:30], past_key_values=cache).logits
+    unknown = torch.tensor([[9999]])
+    for refused in (
+        session.forward(unknown, keep=25),
+        session.generate(unknown, keep=25, max_new_tokens=2),
+        session.generate(text[:, :1], keep=25, max_new_tokens=2, do_sample=True, temperature=0.0),
+    ):
+        assert isinstance(await failure(refused), errors.InvalidRequestError)
+    # Nor does a rollback alone compute anything: several, and rows, count together.
+    await session.act(keep=30)
+    await session.act(keep=20, rows=[0, 0])
+    assert (session.length, session.rows) == (20, 2)
+    await session.act(keep=8, rows=[1])
+    assert torch.equal(await session.forward(text[:, 25:30]), expected)
+    await session.close()
+
+
 async def test_rows_are_reordered_repeated_and_dropped(pipeline: ring.Ring) -> None:
     text = torch.randint(3, 250, (3, 8), generator=torch.Generator().manual_seed(5))
     session = Session(pipeline)

@@ -375,7 +375,7 @@ async def _act(
     session: RingSession, request: inference_pb2.SessionRequest
 ) -> AsyncIterator[inference_pb2.SessionResponse]:
     if request.HasField("keep"):
-        await session.keep(request.keep)
+        session.keep(request.keep)
     if request.rows:
         session.select_rows(tuple(request.rows))
     if request.HasField("reserve_tokens"):

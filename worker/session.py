@@ -69,6 +69,8 @@ class RingSession:
         self._keep: int | None = None
         self._select: tuple[int, ...] = ()
         self._past: _Past | None = None
+        # Whether the stages no longer have what `_past` tells of: it goes round before the next pass does.
+        self._is_void = False
         self._adapters: tuple[str, ...] = ()
         # What was let in before a stage was lost is not sent away for it.
         self._is_replayed = False
@@ -100,6 +102,7 @@ class RingSession:
             keep=self._keep,
             select=self._select,
             past=self._past,
+            is_void=self._is_void,
             adapters=self._adapters,
         )
 
@@ -108,7 +111,7 @@ class RingSession:
         if state.steps != self._number:
             return False
         self._reserved_tokens, self._keep, self._select = state.reserved_tokens, state.keep, state.select
-        self._past, self._adapters = state.past, state.adapters
+        self._past, self._is_void, self._adapters = state.past, state.is_void, state.adapters
         self._ticket.reserve(state.tokens)
         return True
 
@@ -131,24 +134,24 @@ class RingSession:
 
     # -- the past --------------------------------------------------------------------------------------------------
 
-    async def keep(self, length: int) -> None:
+    def keep(self, length: int) -> None:
         """Forgets all positions but the first `length`. Raises InvalidRequestError where there are not so many."""
         if length > self.length:
             raise InvalidRequestError(f"keep={length}, but the session holds {self.length} positions")
         if self._past is None or length == self.length:
             return
         past = self._past.first(length)
+        cache = self._pipeline.cache(self._name)
         if not length:
-            self._past, self._keep, self._select = None, None, ()
+            self._past, self._is_void, self._keep, self._select = None, False, None, ()
             self._let_go(0)
             return
-        cache = self._pipeline.cache(self._name)
-        if cache is not None and cache.can_keep(length):
-            self._past, self._keep = _Past(past.input, past.position_ids, past.attention_mask), length
+        self._past = _Past(past.input, past.position_ids, past.attention_mask)
+        if not self._is_void and cache is not None and cache.can_keep(length):
+            self._keep = length
             return
         # A window has moved past what it would have to hold again: what stays is computed anew.
-        self._past, self._keep, self._select = None, None, ()
-        await self.forward(past, logits_to_keep=1, then=lambda logits: None)
+        self._is_void, self._keep, self._select = True, None, ()
 
     def select_rows(self, rows: tuple[int, ...]) -> None:
         """Row i goes on from what is now row rows[i].
@@ -159,8 +162,9 @@ class RingSession:
             raise InvalidRequestError(f"row {max(rows)} of a session with {self.rows} rows")
         assert self._past is not None
         self._ticket.reserve(max(self._ticket.tokens, len(rows) * self.length))
-        self._select = tuple(self._select[row] for row in rows) if self._select else rows
         self._past = self._past.select(rows)
+        if not self._is_void:
+            self._select = tuple(self._select[row] for row in rows) if self._select else rows
 
     def _choose(self, request: inference_pb2.ForwardRequest | inference_pb2.GenerateRequest) -> None:
         """Goes on with the adapters that `request` names, if it does.
@@ -202,6 +206,10 @@ class RingSession:
             self._ticket.reserve(max(self._ticket.tokens, rows * (new + (0 if past is None else past.length))))
         self._check_room(step, 0 if past is None else past.length, padding, logits_to_keep)
         self._pipeline.stage.check(step)
+        if past is not None and self._is_void:
+            # Not before everything else: a step that is refused costs nothing, and the session stays what it was.
+            await self.forward(past.first(past.length), reset=True, logits_to_keep=1, then=lambda logits: None)
+            past = self._past
         if step.use_cache and padding is None:
             # Without a mask the same values come out, and less travels.
             step = replace(step, attention_mask=None)
@@ -220,7 +228,7 @@ class RingSession:
                 self._past = _Past(step.input.cpu(), _positions(step), padding)
             else:
                 past.add(step, padding)
-            self._keep, self._select = None, ()
+            self._is_void, self._keep, self._select = False, None, ()
         return result
 
     def _check_room(self, step: StepInput, past: int, padding: torch.Tensor | None, logits_to_keep: int) -> None:
@@ -384,6 +392,8 @@ class RingSession:
         is_padded = mask is not None and not bool(mask.all())
         chunk = min(decoding.prefill_chunk or length, length - self.length)
         rest = (length - self.length) % chunk
+        if self._is_void:
+            self._check_pass(Pass(rows=self.rows, new=self.length, past=0, is_padded=is_padded))
         # Of the whole ones the last has the longest past.
         for new, end in ((chunk, length - rest), (rest, length)):
             if new > 1:
@@ -491,6 +501,7 @@ class State:
     keep: int | None
     select: tuple[int, ...]
     past: _Past | None
+    is_void: bool
     adapters: tuple[str, ...]
 
 
