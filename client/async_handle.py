@@ -169,7 +169,7 @@ class AsyncRemoteModel(DescribedModel):
         """
         await self._learn()
         local, others = asking.split(kwargs)
-        ids = self._ids(inputs, input_ids)
+        ids = self._ids(inputs, input_ids, generation_config, others)
         if self._is_stepwise(generation_config, local, others):
             from .stepwise import Stop, generate_stepwise
 
@@ -267,6 +267,7 @@ class AsyncRemoteModel(DescribedModel):
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
         adapter: Adapters = ...,
+        labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """One pass, as `RemoteModel.forward`: ids [batch, length] → logits [batch, length, vocabulary]."""
@@ -287,9 +288,9 @@ class AsyncRemoteModel(DescribedModel):
             adapters=self._choice(adapter),
         )
         if not cached:
-            return forward.output(await once(self._gateway, asked), None, return_dict)
+            return forward.output(await once(self._gateway, asked), None, return_dict, labels)
         cache = AsyncRemoteCache(self._gateway, self.name) if past_key_values is None else past_key_values
         assembly = await cache.step(asked)
-        return forward.output(assembly, cache if use_cache is not False else None, return_dict)
+        return forward.output(assembly, cache if use_cache is not False else None, return_dict, labels)
 
     __call__ = forward

@@ -138,7 +138,7 @@ class DescribedModel:
     @property
     def hf_device_map(self) -> dict[str, str]:
         """From module name to "<node>/<device>"."""
-        return {module: stage.place for stage in self.plan.stages for module in stage.modules}
+        return {module: _Place(stage.place) for stage in self.plan.stages for module in stage.modules}
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Bytes of parameters and buffers, adapters' too, counted as transformers does, on all stages together.
@@ -168,6 +168,32 @@ class DescribedModel:
 
     def can_generate(self) -> bool:
         return True
+
+    # What pipelines and evaluations of transformers' users ask a model for
+
+    main_input_name = "input_ids"
+    input_modalities = "text"
+    output_modalities = ("text",)
+
+    @property
+    def name_or_path(self) -> str:
+        """What the model was loaded from."""
+        return self.info_path
+
+    def compute_transition_scores(
+        self,
+        sequences: torch.Tensor,
+        scores: tuple[torch.Tensor, ...],
+        beam_indices: torch.Tensor | None = None,
+        normalize_logits: bool = False,
+    ) -> torch.Tensor:
+        """transformers' own, of what `generate` gave with return_dict_in_generate and output_scores: the score of each
+        new token [batch, new]."""
+        from transformers import GenerationMixin
+
+        own: Any = GenerationMixin.compute_transition_scores
+        chosen: torch.Tensor = own(self, sequences, scores, beam_indices, normalize_logits)
+        return chosen
 
     # What a local model can be turned into, and a resident one can't
 
@@ -306,7 +332,7 @@ class DescribedModel:
         with_logits = bool(self._pop(chosen, "output_logits")) and as_dict
         with_scores = bool(self._pop(chosen, "output_scores")) and as_dict
         for name in ("output_attentions", "output_hidden_states"):
-            if chosen.pop(name, None):
+            if chosen.pop(name, None) and as_dict:
                 raise InvalidRequestError(f"{name} is not available: it stays on the workers")
         request = asking.request(
             self.name,
@@ -406,12 +432,13 @@ class DescribedModel:
             return json.loads(self._known().generation_config_json or "{}").get(name)
         return chosen.pop(name)
 
-    def _ids(self, inputs: Any, input_ids: Any) -> Tensor:
+    def _ids(self, inputs: Any, input_ids: Any, config: Any, arguments: Mapping[str, Any]) -> Tensor:
         if inputs is not None and input_ids is not None:
             raise InvalidRequestError("inputs and input_ids are the same thing: pass one of them")
         given = inputs if inputs is not None else input_ids
         if given is None:
-            start = self.generation_config.bos_token_id
+            start = {**asking.config_values(config), **arguments}.get("bos_token_id")
+            start = self.generation_config.bos_token_id if start is None else start
             if start is None:
                 raise InvalidRequestError("input_ids is needed: the model has no bos_token_id to start from")
             given = [[start]]
@@ -435,6 +462,21 @@ _MODE_FIELDS = (
     *("constraints", "force_words_ids", "num_beams", "num_beam_groups", "do_sample", "top_k", "penalty_alpha"),
     *("use_mtp", "prompt_lookup_num_tokens", "assistant_early_exit", "dola_layers"),
 )
+
+
+class _Place(str):
+    """ "<node>/<device>". transformers' pipelines put their inputs on the first device of a map, by torch's names for
+    them; it answers to -1 as well, which is their word for where the model itself says that inputs go."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return other == -1 or str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
 
 
 def _special_float(value: dict[str, Any]) -> Any:

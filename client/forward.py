@@ -18,10 +18,11 @@ from .patience import Patience
 from .session_call import SessionCall
 
 if TYPE_CHECKING:
+    import torch
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # What forward takes in transformers and the gateway does not: any value but these is refused.
-_NOT_FORWARDED = ("inputs_embeds", "labels", "output_attentions", "output_hidden_states", "cache_position")
+_NOT_FORWARDED = ("inputs_embeds", "output_attentions", "output_hidden_states", "cache_position")
 
 
 def request(
@@ -59,11 +60,18 @@ def request(
     return asked
 
 
-def output(assembly: Assembly, cache: Any, return_dict: bool | None) -> CausalLMOutputWithPast | tuple[Any, ...]:
-    """A pass's logits and cache as transformers' models give them."""
+def output(
+    assembly: Assembly, cache: Any, return_dict: bool | None, labels: torch.Tensor | None = None
+) -> CausalLMOutputWithPast | tuple[Any, ...]:
+    """A pass's logits and cache as transformers' models give them, and the loss where there are labels."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    result = CausalLMOutputWithPast(logits=tensors.to_torch(assembly), past_key_values=cache)
+    logits, loss = tensors.to_torch(assembly), None
+    if labels is not None:
+        from transformers.loss.loss_utils import ForCausalLMLoss
+
+        loss = ForCausalLMLoss(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+    result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
     return result.to_tuple() if return_dict is False else result
 
 

@@ -254,7 +254,7 @@ class RemoteModel(DescribedModel):
             return generate_stepwise(
                 self,
                 self._gateway,
-                self._ids(inputs, input_ids),
+                self._ids(inputs, input_ids, generation_config, others),
                 generation_config,
                 {**others, **local},
                 attention_mask=attention_mask,
@@ -264,7 +264,7 @@ class RemoteModel(DescribedModel):
                 adapters=self._choice(adapter),
             )
         wanted = self._wanted(
-            self._ids(inputs, input_ids),
+            self._ids(inputs, input_ids, generation_config, others),
             generation_config,
             others,
             attention_mask=attention_mask,
@@ -350,13 +350,15 @@ class RemoteModel(DescribedModel):
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
         adapter: Adapters = ...,
+        labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """One pass: ids [batch, length] → logits [batch, length, vocabulary], in the model's dtype, on CPU.
 
         With `use_cache=True` the result has a RemoteCache in `past_key_values`. Give it to the next pass, with the new
         ids alone and an attention mask [batch, past + length] over both, and close it when done. Without, nothing stays
-        on the workers. `logits_to_keep` keeps the last so many positions; 0 keeps all.
+        on the workers. `logits_to_keep` keeps the last so many positions; 0 keeps all. With `labels` [batch, length]
+        the result has the `loss`, as transformers computes it here from the logits; it has no gradients.
         """
         if past_key_values is not None and not isinstance(past_key_values, RemoteCache):
             raise InvalidRequestError(
@@ -375,9 +377,9 @@ class RemoteModel(DescribedModel):
             adapters=self._choice(adapter),
         )
         if not cached:
-            return forward.output(forward.once(self._gateway, asked), None, return_dict)
+            return forward.output(forward.once(self._gateway, asked), None, return_dict, labels)
         cache = RemoteCache(self._gateway, self.name) if past_key_values is None else past_key_values
         assembly = cache.step(asked)
-        return forward.output(assembly, cache if use_cache is not False else None, return_dict)
+        return forward.output(assembly, cache if use_cache is not False else None, return_dict, labels)
 
     __call__ = forward

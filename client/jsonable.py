@@ -14,7 +14,7 @@ from ..proto.v1.errors import InvalidRequestError
 
 
 def jsonable(value: Any, name: str) -> Any:
-    """`value` with enums, tuples, dtypes and numpy scalars made plain.
+    """`value` with enums, tuples, dtypes, and numpy's or torch's scalars and rows of ids made plain.
 
     Raises InvalidRequestError, naming `name`, for what JSON can't say: tensors, callables, objects.
     """
@@ -31,6 +31,8 @@ def jsonable(value: Any, name: str) -> Any:
         return str(value).removeprefix("torch.")
     if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a numpy or torch scalar
         return jsonable(value.item(), name)
+    if hasattr(value, "tolist") and len(getattr(value, "shape", ())) == 1 and "int" in str(value.dtype):
+        return jsonable(value.tolist(), name)  # ids
     raise InvalidRequestError(
         f"{name} is a {type(value).__name__}, which can't be sent to the gateway: "
         "only numbers, strings, lists and dicts of them can"

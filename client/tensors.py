@@ -45,7 +45,10 @@ def integers(value: Any, name: str) -> Tensor:
 
 
 def mask(value: Any, name: str) -> Tensor:
-    """An attention mask, as `integers` takes it, as a bool Tensor: true where it is not zero."""
+    """An attention mask, as `integers` takes it, or of floats, as a bool Tensor: true where it is not zero."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor) and value.is_floating_point():
+        value = value != 0
     tensor = integers(value, name)
     tensor.data = bytes(map(bool, array("q", tensor.data)))
     tensor.dtype = "bool"

@@ -33,7 +33,7 @@ class StagePlan:
 
     @property
     def place(self) -> str:
-        """Node and device as `hf_device_map` names them."""
+        """Node and device."""
         return f"{self.node}/{self.device}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -312,7 +312,11 @@ class Decoding:
     def _append(self, tokens: torch.Tensor) -> None:
         self._input_ids = torch.cat([self._input_ids, tokens[:, None]], dim=-1)
         self._row_tokens += self._unfinished
-        self._unfinished = self._unfinished & ~self._criteria(self._input_ids, None)
+        try:
+            ended = self._criteria(self._input_ids, None)
+        except _USERS_FAULT as error:
+            raise InvalidRequestError(f"generate can't do as asked: {one_line(error)}") from error
+        self._unfinished = self._unfinished & ~ended
         self._running = sum(self._unfinished.tolist())
 
 

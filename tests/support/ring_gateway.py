@@ -139,6 +139,7 @@ def _info(folder: Path, specs: Sequence[StageSpec], reports: Sequence[LoadReport
                     device="cpu",
                     first_layer=spec.cut.first,
                     last_layer=spec.cut.end - 1,
+                    modules=["model"],
                 )
                 for spec in specs
             ],
