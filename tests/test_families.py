@@ -26,7 +26,7 @@ from tests.support import checkpoints, ring
 from tests.support.quantization import nf4
 
 LENGTH = 21
-DECODED = 20
+DECODED = 12
 CHUNKS = (12, 7, 2)
 CUTS: dict[str, tuple[int, ...]] = {"one stage": (), "two": (1,), "three": (1, 3)}
 Case = tuple[Path, BitsAndBytesConfig, PreTrainedModel]

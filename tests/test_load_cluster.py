@@ -154,6 +154,7 @@ def test_a_worker_killed_mid_load_is_replaced_and_loads_its_own_part_again(
     assert hub.bytes_sent() <= needed + own[1] + headers + (1 << 20)
 
 
+@pytest.mark.soak
 def test_a_stage_whose_workers_all_die_ends_the_load(cluster: RunningCluster, hub: HubServer) -> None:
     Holdup(hub, after=0)
     failures: list[BaseException] = []

@@ -110,6 +110,7 @@ def test_what_is_held_is_not_given_again_and_what_is_freed_is(client: Client, fo
     assert len(free(client, folder)) == 5
 
 
+@pytest.mark.soak
 def test_a_device_that_somebody_else_holds_is_seen(client: Client, folder: Path, addresses: tuple[str, str]) -> None:
     """By a task of Ray's that is none of ours."""
     script = (
