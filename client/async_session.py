@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..proto.v1 import inference_pb2
-from ..proto.v1.errors import InvalidRequestError
+from ..proto.v1.errors import InvalidRequestError, ShardliftError
 from . import tensors
 from .answer import Answer, Step
 from .async_gateway import AsyncGateway
 from .async_session_call import AsyncSessionCall
+from .deadline import Deadline
 from .session_record import Generating, SessionRecord, Turn
 
 if TYPE_CHECKING:
@@ -74,22 +75,24 @@ class AsyncRemoteSession(SessionRecord):
         attention_mask: Any = None,
         streamer: BaseStreamer | None = None,
         seed: int | None = None,
+        timeout_s: float | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """As `RemoteSession.generate`: new ids [R, N] → the whole sequences so far [R, L]."""
         async with self._alone():
-            running = self._generation(new_ids, generation_config, kwargs, attention_mask=attention_mask, seed=seed)
-            collected = running.collected(streamer)
-            try:
-                async with contextlib.aclosing(self._run(running)) as events:
-                    async for event in events:
-                        if isinstance(event, Answer):
-                            collected.start(event.batch)
-                        else:
-                            collected.add(event)
-            finally:
-                collected.end()
-            return collected.result
+            with self._in_time(timeout_s):
+                running = self._generation(new_ids, generation_config, kwargs, attention_mask=attention_mask, seed=seed)
+                collected = running.collected(streamer)
+                try:
+                    async with contextlib.aclosing(self._run(running)) as events:
+                        async for event in events:
+                            if isinstance(event, Answer):
+                                collected.start(event.batch)
+                            else:
+                                collected.add(event)
+                finally:
+                    collected.end()
+                return collected.result
 
     async def stream(
         self,
@@ -98,15 +101,17 @@ class AsyncRemoteSession(SessionRecord):
         *,
         attention_mask: Any = None,
         seed: int | None = None,
+        timeout_s: float | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[Step]:
         """As `RemoteSession.stream`, with `async for`. Leaving it early ends the session."""
         async with self._alone():
-            running = self._generation(new_ids, generation_config, kwargs, attention_mask=attention_mask, seed=seed)
-            async with contextlib.aclosing(self._run(running)) as events:
-                async for event in events:
-                    if isinstance(event, Step):
-                        yield event
+            with self._in_time(timeout_s):
+                running = self._generation(new_ids, generation_config, kwargs, attention_mask=attention_mask, seed=seed)
+                async with contextlib.aclosing(self._run(running)) as events:
+                    async for event in events:
+                        if isinstance(event, Step):
+                            yield event
 
     async def forward(self, ids: Any, *, attention_mask: Any = None, position_ids: Any = None) -> torch.Tensor:
         """As `RemoteSession.forward`: ids [R, N] → the logits of their positions [R, N, vocabulary]."""
@@ -124,6 +129,23 @@ class AsyncRemoteSession(SessionRecord):
     __call__ = forward
 
     # Inside
+
+    @contextlib.contextmanager
+    def _in_time(self, timeout_s: float | None) -> Iterator[None]:
+        """Ends the session where what is done within takes longer."""
+        deadline = Deadline(timeout_s, self._model.name)
+        if deadline.left_s is None:
+            yield
+            return
+        timer = asyncio.get_running_loop().call_later(deadline.left_s, self._call.close)
+        try:
+            yield
+        except ShardliftError as error:
+            if deadline.passed:
+                raise deadline.error(error) from None
+            raise
+        finally:
+            timer.cancel()
 
     @contextlib.asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:

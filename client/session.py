@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..proto.v1 import inference_pb2
-from ..proto.v1.errors import InvalidRequestError
+from ..proto.v1.errors import InvalidRequestError, ShardliftError
 from . import tensors
 from .answer import Answer, Step
+from .deadline import Deadline
 from .described import DescribedModel
 from .gateway import Gateway
 from .session_call import SessionCall
@@ -74,15 +75,17 @@ class RemoteSession(SessionRecord):
         attention_mask: Any = None,
         streamer: BaseStreamer | None = None,
         seed: int | None = None,
+        timeout_s: float | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """Appends `new_ids` [R, N] and what the model says to them; returns the whole sequences so far [R, L].
 
         As `RemoteModel.generate`, for greedy search and sampling. Without `new_ids` the model goes on by itself.
         `attention_mask` covers the new ids [R, N], or the whole sequence with them. What a row is filled up with after
-        its end is masked in later turns.
+        its end is masked in later turns. What isn't done in `timeout_s` seconds, once its turn has come, ends with
+        DeadlineExceededError, and the session with it.
         """
-        with self._alone():
+        with self._alone(), self._in_time(timeout_s):
             running = self._generation(new_ids, generation_config, kwargs, attention_mask=attention_mask, seed=seed)
             collected = running.collected(streamer)
             try:
@@ -103,10 +106,11 @@ class RemoteSession(SessionRecord):
         *,
         attention_mask: Any = None,
         seed: int | None = None,
+        timeout_s: float | None = None,
         **kwargs: Any,
     ) -> Iterator[Step]:
         """As `generate`, step by step, each with `token_ids`: one per row. Leaving it early ends the session."""
-        with self._alone():
+        with self._alone(), self._in_time(timeout_s):
             running = self._generation(new_ids, generation_config, kwargs, attention_mask=attention_mask, seed=seed)
             with contextlib.closing(self._run(running)) as events:
                 for event in events:
@@ -132,6 +136,25 @@ class RemoteSession(SessionRecord):
     __call__ = forward
 
     # Inside
+
+    @contextlib.contextmanager
+    def _in_time(self, timeout_s: float | None) -> Iterator[None]:
+        """Ends the session where what is done within takes longer."""
+        deadline = Deadline(timeout_s, self._model.name)
+        if deadline.left_s is None:
+            yield
+            return
+        timer = threading.Timer(deadline.left_s, self.close)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except ShardliftError as error:
+            if deadline.passed:
+                raise deadline.error(error) from None
+            raise
+        finally:
+            timer.cancel()
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

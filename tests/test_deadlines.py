@@ -66,6 +66,35 @@ async def test_so_they_do_with_asyncio(arguments: dict[str, Any], served: Served
         await asyncio.to_thread(served.call, served.ring.idle)
 
 
+def test_a_sessions_turn_ends_in_time(served: Served) -> None:
+    with served.model.session() as session:
+        first = session.generate(IDS, timeout_s=60, max_new_tokens=3, do_sample=False)
+        with pytest.raises(errors.InvalidRequestError, match="timeout_s is"):
+            session.generate(timeout_s=-1, max_new_tokens=1)
+        assert session.length == first.shape[1]
+        with pytest.raises(errors.DeadlineExceededError, match=r"timeout_s=0\.5"):
+            session.generate(timeout_s=0.5, **LONG)
+        assert session.closed
+    with served.model.session() as session, pytest.raises(errors.DeadlineExceededError, match=r"timeout_s=0\.5"):
+        list(session.stream(IDS, timeout_s=0.5, **LONG))
+    served.call(served.ring.idle)
+
+
+async def test_so_it_does_with_asyncio(served: Served) -> None:
+    async with await shardlift.connect_async(served.address) as client:
+        model = await client.model(NAME)
+        async with model.session() as session:
+            await session.generate(IDS, timeout_s=60, max_new_tokens=3, do_sample=False)
+            with pytest.raises(errors.DeadlineExceededError, match=r"timeout_s=0\.5"):
+                await session.generate(timeout_s=0.5, **LONG)
+            assert session.closed
+        async with model.session() as session:
+            with pytest.raises(errors.DeadlineExceededError, match=r"timeout_s=0\.5"):
+                async for _ in session.stream(IDS, timeout_s=0.5, **LONG):
+                    pass
+        await asyncio.to_thread(served.call, served.ring.idle)
+
+
 @pytest.mark.parametrize("timeout_s", [0, -1.0, math.inf, math.nan, "5", True])
 @pytest.mark.parametrize("arguments", [{}, {"num_beams": 2}], ids=str)
 def test_what_is_no_time(timeout_s: Any, arguments: dict[str, Any], served: Served) -> None:
