@@ -105,7 +105,10 @@ def generate_stepwise(
             closing.enter_context(torch.random.fork_rng(devices=[]))
             torch.manual_seed(seed % (1 << 64))
         try:
-            result = local.generate(tensors.ids_to_torch(ids), generation_config, streamer=streamer, **arguments)
+            # By this name, under which a repository's own loop (`custom_generate`) expects them.
+            result = local.generate(
+                None, generation_config, input_ids=tensors.ids_to_torch(ids), streamer=streamer, **arguments
+            )
         except BaseException as error:
             if streamer is not None:
                 streamer.end()  # whoever reads from it must not wait for ever

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from transformers import dynamic_module_utils
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 import shardlift
@@ -143,6 +145,24 @@ def test_a_loop_of_the_users_own(gateway: ModelGateway, model: RemoteModel) -> N
     expected, actual = both(gateway, model, IDS, max_new_tokens=8, custom_generate=two_greedy_tokens)
     assert torch.equal(actual, expected)
     assert expected.shape[1] == IDS.shape[1] + 2
+
+
+def test_a_repositorys_own_loop(
+    gateway: ModelGateway, model: RemoteModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as transformers-community/group-beam-search: it is called by the names that a caller uses."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    (tmp_path / "custom_generate").mkdir()
+    (tmp_path / "custom_generate" / "generate.py").write_text(
+        "def generate(model, input_ids, generation_config=None, **kwargs):\n"
+        "    return model(input_ids).logits[:, -1:].argmax(-1)\n"
+    )
+    arguments = {"custom_generate": str(tmp_path), "trust_remote_code": True}
+    expected = gateway.model.generate(input_ids=IDS, **arguments)
+    assert torch.equal(model.generate(input_ids=IDS, **arguments), expected)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        model.generate(input_ids=IDS, custom_generate=str(tmp_path), trust_remote_code=False)
 
 
 ONE_ROW: dict[str, dict[str, Any]] = {
