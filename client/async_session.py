@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..proto.v1 import inference_pb2
-from ..proto.v1.errors import InvalidRequestError, ShardliftError
+from ..proto.v1.errors import InvalidRequestError
 from . import tensors
 from .answer import Answer, Step
 from .async_gateway import AsyncGateway
@@ -130,22 +131,11 @@ class AsyncRemoteSession(SessionRecord):
 
     # Inside
 
-    @contextlib.contextmanager
-    def _in_time(self, timeout_s: float | None) -> Iterator[None]:
+    def _in_time(self, timeout_s: float | None) -> AbstractContextManager[None]:
         """Ends the session where what is done within takes longer."""
-        deadline = Deadline(timeout_s, self._model.name)
-        if deadline.left_s is None:
-            yield
-            return
-        timer = asyncio.get_running_loop().call_later(deadline.left_s, self._call.close)
-        try:
-            yield
-        except ShardliftError as error:
-            if deadline.passed:
-                raise deadline.error(error) from None
-            raise
-        finally:
-            timer.cancel()
+        return Deadline(timeout_s, self._model.name).within(
+            lambda seconds: asyncio.get_running_loop().call_later(seconds, self._call.close)
+        )
 
     @contextlib.asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:

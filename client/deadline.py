@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from ..proto.v1.errors import DeadlineExceededError, InvalidRequestError, ShardliftError
+
+
+class _Timer(Protocol):
+    def cancel(self) -> None: ...
 
 
 class Deadline:
@@ -29,6 +35,23 @@ class Deadline:
     @property
     def passed(self) -> bool:
         return self._until is not None and self._clock() >= self._until
+
+    @contextlib.contextmanager
+    def within(self, start: Callable[[float], _Timer]) -> Iterator[None]:
+        """Raises DeadlineExceededError for what fails within it once the time has passed. start: has something end it
+        after so many seconds, unless that is cancelled first."""
+        if self.left_s is None:
+            yield
+            return
+        timer = start(self.left_s)
+        try:
+            yield
+        except ShardliftError as error:
+            if self.passed:
+                raise self.error(error) from None
+            raise
+        finally:
+            timer.cancel()
 
     def error(self, ended: ShardliftError) -> ShardliftError:
         """What to tell of what `ended` it: itself, where there was no time to keep to."""

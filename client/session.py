@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..proto.v1 import inference_pb2
-from ..proto.v1.errors import InvalidRequestError, ShardliftError
+from ..proto.v1.errors import InvalidRequestError
 from . import tensors
 from .answer import Answer, Step
 from .deadline import Deadline
@@ -137,24 +138,16 @@ class RemoteSession(SessionRecord):
 
     # Inside
 
-    @contextlib.contextmanager
-    def _in_time(self, timeout_s: float | None) -> Iterator[None]:
+    def _in_time(self, timeout_s: float | None) -> AbstractContextManager[None]:
         """Ends the session where what is done within takes longer."""
-        deadline = Deadline(timeout_s, self._model.name)
-        if deadline.left_s is None:
-            yield
-            return
-        timer = threading.Timer(deadline.left_s, self.close)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        except ShardliftError as error:
-            if deadline.passed:
-                raise deadline.error(error) from None
-            raise
-        finally:
-            timer.cancel()
+
+        def start(seconds: float) -> threading.Timer:
+            timer = threading.Timer(seconds, self.close)
+            timer.daemon = True
+            timer.start()
+            return timer
+
+        return Deadline(timeout_s, self._model.name).within(start)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

@@ -46,7 +46,7 @@ def round_activations(model: PreTrainedModel, config: Mapping[str, Any]) -> None
 
 
 def rounds(model: nn.Module) -> bool:
-    return any(True for _ in _rounding(model))
+    return bool(_rounding(model))
 
 
 @contextmanager
