@@ -268,10 +268,11 @@ class StageAdapters:
 
     def records(self, spec: AdapterSpec) -> tuple[TensorRecord, ...]:
         """Those of the adapter's tensors that belong to this stage."""
+        alone = self._tied_alone(spec)
         return tuple(
             record
             for record in spec.records
-            if self._holds(_strip(record.key)) or _tied_key(record.key, self._tied_alone(spec)) is not None
+            if self._holds(_strip(record.key)) or _tied_key(record.key, alone) is not None
         )
 
     def load(self, spec: AdapterSpec, tensors: Mapping[str, torch.Tensor]) -> tuple[ModuleBytes, ...]:
@@ -355,10 +356,9 @@ class StageAdapters:
                     f"{spec.path} brings a whole {path}, which is quantized here: load the base with {path} in "
                     "llm_int8_skip_modules"
                 )
-        whole: dict[str, Any] = getattr(config, _TOKENS, None) or {}
-        tokens = {
-            alone.get(source, source): whole[source] for source in whole if self._holds(alone.get(source, source))
-        }
+        rows: dict[str, Any] = getattr(config, _TOKENS, None) or {}
+        places = {path: alone.get(path, path) for path in rows}
+        tokens = {place: rows[path] for path, place in places.items() if self._holds(place)}
         if not (modules or parameters or saved or tokens):
             return loaded
         from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
